@@ -1,0 +1,145 @@
+r"""Masks as pure functions of (seed, sample index, site name): no generator, no state, the same bits everywhere.
+
+A counter-based generator: the 64-bit finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014, doi:10.1145/2660193.2660195)
+hashes (seed and site) → key, then key, sample and unit → 64 bits, in integer arithmetic that is the same on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+_MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+_BITS = 31
+
+
+def check_rate(p: float) -> float:
+    """Return ``p`` if it is a dropout rate.
+
+    Raises:
+        ValueError: if ``p`` is not in [0, 1).
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"`p` must lie in [0, 1), got {p}")
+    return float(p)
+
+
+def site_key(seed: int, site: str) -> int:
+    """Return the signed 64-bit key of a dropout site, from the user's seed and the site's name."""
+    digest = hashlib.sha256(f"{int(seed)}/{site}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """Scramble int64 values with SplitMix64's finaliser (a bijection of 64-bit integers)."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def random_bits(key: int, samples: Tensor, units: Tensor) -> Tensor:
+    r"""Return uniform integers in [0, 2³¹), shape (K, n), for samples (K,) and units (n,), both int64."""
+    per_sample = mix(mix(samples) ^ key)
+    return _shift_right(mix(per_sample[:, None] ^ mix(units)[None, :]), 64 - _BITS)
+
+
+def keep_mask(bits: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn uniform integers into an inverted-dropout mask of 0 (probability ``p``) or 1/(1−p).
+
+    Raises:
+        ValueError: if ``p`` is not in [0, 1).
+    """
+    threshold = round(check_rate(p) * (1 << _BITS))
+    return (bits >= threshold).to(dtype or torch.get_default_dtype()) / (1.0 - p)
+
+
+def _sample_tensor(samples: int | Sequence[int] | Tensor, device: torch.device | str | None) -> Tensor:
+    if isinstance(samples, int):
+        return torch.arange(samples, device=device)
+    return torch.as_tensor(samples, dtype=torch.int64, device=device)
+
+
+def feature_mask(
+    p: float,
+    n: int,
+    *,
+    seed: int,
+    samples: int | Sequence[int] | Tensor,
+    site: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the masks of ``n`` channels, shape (K, n): one bit per channel, 0 or 1/(1−p).
+
+    Args:
+        p: the dropout rate, in [0, 1).
+        n: number of channels.
+        seed: the user's seed.
+        samples: K (meaning samples 0 … K−1), or the sample indices themselves.
+        site: the site's name; masks of different sites are independent.
+        dtype: of the result, torch's default if not given.
+        device: of the result.
+
+    Raises:
+        ValueError: if ``p`` is not in [0, 1).
+    """
+    k = _sample_tensor(samples, device)
+    units = torch.arange(n, device=k.device)
+    return keep_mask(random_bits(site_key(seed, site), k, units), p, dtype)
+
+
+def edge_identity(edge_index: Tensor, edge_shift: Tensor | None = None) -> Tensor:
+    """Return an int64 identity per edge, shape (E,), equal for (i, j, S) and (j, i, −S) and for nothing else.
+
+    It depends on the pair alone, not on the place of the edge in the list, so it survives a rebuilt neighbour list.
+    ("For nothing else" up to a 64-bit hash.)
+
+    Args:
+        edge_index: shape (2, E), int64.
+        edge_shift: the integer cell shift S of the second atom relative to the first, shape (E, 3); zero if not given.
+    """
+    i, j = edge_index[0], edge_index[1]
+    if edge_shift is None:
+        edge_shift = torch.zeros(i.shape[0], 3, dtype=torch.int64, device=i.device)
+    shift = edge_shift.to(torch.int64)
+    sx, sy, sz = shift.unbind(1)
+    first_sign = torch.where(sx != 0, sx, torch.where(sy != 0, sy, sz)).sign()
+    flip = (i > j) | ((i == j) & (first_sign < 0))
+    lo, hi = torch.where(flip, j, i), torch.where(flip, i, j)
+    shift = torch.where(flip[:, None], -shift, shift)
+    identity = mix(lo)
+    for part in (hi, shift[:, 0], shift[:, 1], shift[:, 2]):
+        identity = mix(identity ^ part)
+    return identity
+
+
+def edge_mask(
+    p: float,
+    edge_index: Tensor,
+    edge_shift: Tensor | None = None,
+    *,
+    seed: int,
+    samples: int | Sequence[int] | Tensor,
+    site: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the masks of edges, shape (K, E): one bit per undirected pair, 0 or 1/(1−p).
+
+    Both directions of a pair share their bit, a self-image pair counts once, and the bit survives a rebuilt list.
+
+    Raises:
+        ValueError: if ``p`` is not in [0, 1).
+    """
+    k = _sample_tensor(samples, edge_index.device)
+    bits = random_bits(site_key(seed, site), k, edge_identity(edge_index, edge_shift))
+    return keep_mask(bits, p, dtype)
