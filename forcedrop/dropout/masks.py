@@ -66,7 +66,8 @@ def keep_mask(bits: Tensor, p: float, dtype: torch.dtype | None = None) -> Tenso
 def _sample_tensor(samples: int | Sequence[int] | Tensor, device: torch.device | str | None) -> Tensor:
     if isinstance(samples, int):
         return torch.arange(samples, device=device)
-    return torch.as_tensor(samples, dtype=torch.int64, device=device)
+    values = samples if isinstance(samples, Tensor) else list(samples)
+    return torch.as_tensor(values, dtype=torch.int64, device=device)
 
 
 def feature_mask(

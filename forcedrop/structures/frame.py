@@ -22,7 +22,8 @@ class Frame:
         energy: total energy [eV].
         forces: forces [eV/Å], shape (N, 3).
         stress: stress [eV/Å³], shape (6,), ASE's sign and Voigt order xx yy zz yz xz xy.
-        info: anything else worth keeping, such as ``config_type``.
+        info: anything else worth keeping of the whole structure, such as ``config_type``; numbers, texts and short lists.
+        arrays: anything else worth keeping of each atom, first axis N.
         source: where it came from, as ``file#frame``, for error messages.
     """
 
@@ -34,6 +35,7 @@ class Frame:
     forces: np.ndarray | None = None
     stress: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
     source: str = "<memory>"
 
     def __len__(self) -> int:
@@ -46,7 +48,7 @@ class Frame:
 
     @classmethod
     def from_atoms(cls, atoms: Atoms, source: str = "<memory>", **labels: Any) -> Frame:
-        """Take the geometry of ``atoms``; labels (``energy``, ``forces``, ``stress``, ``info``) are given by name."""
+        """Take the geometry of ``atoms``; labels (``energy``, ``forces`` …) are given by name."""
         return cls(
             z=np.asarray(atoms.get_atomic_numbers(), dtype=np.int64),
             pos=np.asarray(atoms.get_positions(), dtype=np.float64),
@@ -59,6 +61,8 @@ class Frame:
     def to_atoms(self) -> Atoms:
         """Return ASE atoms that carry the labels in a ``SinglePointCalculator``."""
         atoms = Atoms(numbers=self.z, positions=self.pos, cell=self.cell, pbc=self.pbc, info=dict(self.info))
+        for name, values in self.arrays.items():
+            atoms.set_array(name, np.asarray(values))
         results = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
         atoms.calc = SinglePointCalculator(atoms, **{k: v for k, v in results.items() if v is not None})
         return atoms

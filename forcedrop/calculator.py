@@ -1,0 +1,192 @@
+"""The ASE calculator: a thin adapter that turns atoms into a graph and a prediction into ``results``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from torch import Tensor
+
+from forcedrop.derive import Derived, derive
+from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
+from forcedrop.potential import dropout_sites
+from forcedrop.sampling import Prediction, predict
+from forcedrop.structures import Frame
+from forcedrop.training import TrainedModel, load_model
+
+_VALUES = ("energy", "energies", "forces", "stress")
+
+
+class DropoutCalculator(Calculator):
+    r"""Monte-Carlo-dropout means and error bars from one trained network.
+
+    ``results`` hold the means ``energy``, ``free_energy`` [eV], ``energies`` [eV], ``forces`` [eV/Å] and ``stress`` [eV/Å³] over
+    the K samples; ``X_std``, their raw standard deviation (ddof 1); ``X_uncertainty``, the calibrated standard deviation
+    expected against the reference method, for a model that carries a calibration; and with ``keep_samples`` ``X_ensemble``,
+    sample axis first, calibrated about the mean. X is energy, energies, forces, stress.
+
+    The masks are fixed for the life of the calculator by (``seed``, ``n_samples``): every call is the same smooth function, so
+    dynamics conserve energy and runs are reproducible.
+
+    Args:
+        model: a path to a model file, or a loaded model.
+        n_samples: K ≥ 2.
+        seed: of the masks; by default the model's own, of the bank it was trained with.
+        device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
+        dtype: precision of the network, by default that of its weights.
+        uncertainty_every: 1 computes all K samples at every evaluation; energy and forces are their mean. n > 1 takes
+            energy, forces and stress from the plain (weight-scaled) network at *every* evaluation, one potential throughout
+            at the price of one pass, and computes the samples, for σ alone, at every n-th. Between, results hold no σ;
+            asking for one (``calc.get_property("forces_std", atoms)``) computes it.
+        keep_samples: whether ``results`` also hold every sample.
+        skin: of the neighbour list [Å].
+        chunk: how many samples to compute at once, to bound the memory.
+
+    Raises:
+        ValueError: if the model cannot be read, has no dropout site, or K < 2.
+    """
+
+    implemented_properties: ClassVar[list[str]] = [
+        *_VALUES,
+        "free_energy",
+        *(f"{name}_{kind}" for name in _VALUES for kind in ("std", "uncertainty", "ensemble")),
+    ]
+    default_parameters: ClassVar[dict[str, Any]] = {}
+    nolabel = True
+
+    def __init__(
+        self,
+        model: TrainedModel | str | Path,
+        n_samples: int = 16,
+        seed: int | None = None,
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        uncertainty_every: int = 1,
+        keep_samples: bool = False,
+        skin: float = 0.5,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if n_samples < 2:
+            raise ValueError(f"error bars need at least 2 samples, got n_samples={n_samples}")
+        if uncertainty_every < 1:
+            raise ValueError(f"`uncertainty_every` must be at least 1, got {uncertainty_every}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model if isinstance(model, TrainedModel) else load_model(model)
+        dropout_sites(self.model.potential)
+        self.potential = self.model.potential.to(self.device, dtype or self.model.dtype).eval()
+        self.n_samples = n_samples
+        self.seed = self.model.bank_seed if seed is None else seed
+        self.uncertainty_every = uncertainty_every
+        self.keep_samples = keep_samples
+        self.chunk = chunk
+        self._finder = NeighbourFinder(self.potential.config.cutoff, skin)
+        self._evaluations = 0
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Fill ``results`` for ``atoms``.
+
+        Raises:
+            ValueError: for an element that the model does not know, or positions that are not finite.
+            PropertyNotImplementedError: for a stress without a periodic cell, or a σ that needs a calibration.
+        """
+        super().calculate(atoms, list(properties), list(system_changes))
+        frame = self._checked(Frame.from_atoms(self.atoms, source="atoms"))
+        periodic = bool(frame.pbc.any()) and frame.volume > 0
+        self._refuse(properties, periodic)
+        batch = batch_graphs([build_graph(frame, self._finder, self.potential.hidden_bias.dtype)]).to(self.device)
+        asked = any(name.rpartition("_")[2] in ("std", "uncertainty", "ensemble") for name in properties)
+        due = self._evaluations % self.uncertainty_every == 0
+        self._evaluations += bool(system_changes)
+        results: dict[str, Any] = {}
+        prediction = None
+        if asked or due or self.uncertainty_every == 1:
+            prediction = predict(
+                self.potential, batch, n_samples=self.n_samples, seed=self.seed, chunk=self.chunk
+            )
+            results.update(self._spread(prediction))
+        best = prediction.mean if prediction and self.uncertainty_every == 1 else derive(self.potential, batch)
+        results.update(_single(best, ""))
+        results["free_energy"] = results["energy"]
+        self.results = {k: v for k, v in results.items() if periodic or not k.startswith("stress")}
+
+    def _spread(self, prediction: Prediction) -> dict[str, Any]:
+        """Return the raw and the calibrated standard deviations, and the samples if they are to be kept."""
+        results = _single(prediction.std, "_std")
+        calibration = self.model.calibration
+        if calibration is not None:
+            results |= {
+                f"{name}_uncertainty": calibration.scale * results[f"{name}_std"] for name in _VALUES
+            }
+        if self.keep_samples:
+            scale = calibration.scale if calibration is not None else 1.0
+            for name in _VALUES:
+                samples, mean = getattr(prediction.samples, name), getattr(prediction.mean, name)
+                array = _numpy(mean + scale * (samples - mean))
+                results[f"{name}_ensemble"] = array[:, 0] if name in ("energy", "stress") else array
+        return results
+
+    def _checked(self, frame: Frame) -> Frame:
+        known = self.model.elements
+        for index, z in enumerate(frame.z):
+            if int(z) not in known:
+                raise ValueError(f"atom {index} has atomic number {int(z)}; the model knows {list(known)}")
+        bad = np.flatnonzero(~np.isfinite(frame.pos).all(axis=1))
+        if len(bad):
+            raise ValueError(f"the position of atom {bad[0]} is not finite: {frame.pos[bad[0]]}")
+        if len(frame) == 0:
+            raise ValueError("there are no atoms to calculate")
+        return frame
+
+    def _refuse(self, properties: Sequence[str], periodic: bool) -> None:
+        for name in properties:
+            if name.startswith("stress") and not periodic:
+                raise PropertyNotImplementedError("stress needs a periodic structure with a cell")
+            if name.endswith("_uncertainty") and self.model.calibration is None:
+                raise PropertyNotImplementedError(
+                    f"{name} needs a calibrated model; this one has none (raw spread: {name[:-11]}std)"
+                )
+            if name.endswith("_ensemble") and not self.keep_samples:
+                raise PropertyNotImplementedError(f"{name} needs DropoutCalculator(..., keep_samples=True)")
+
+    def copy(self) -> DropoutCalculator:
+        """Return an independent calculator of the same function; the network itself is shared."""
+        return DropoutCalculator(
+            self.model,
+            self.n_samples,
+            self.seed,
+            self.device,
+            dtype=self.potential.hidden_bias.dtype,
+            uncertainty_every=self.uncertainty_every,
+            keep_samples=self.keep_samples,
+            skin=self._finder.skin,
+            chunk=self.chunk,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DropoutCalculator:
+        return self.copy()
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().to("cpu", torch.float64).numpy()
+
+
+def _single(values: Derived, suffix: str) -> dict[str, Any]:
+    """Return the values of a batch of one structure as ASE wants them."""
+    return {
+        f"energy{suffix}": float(values.energy[0]),
+        f"energies{suffix}": _numpy(values.energies),
+        f"forces{suffix}": _numpy(values.forces),
+        f"stress{suffix}": _numpy(values.stress[0]),
+    }

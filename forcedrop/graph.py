@@ -1,0 +1,153 @@
+r"""The one data contract: a structure and its neighbour list as a PyG ``Data``.
+
+An :class:`AtomicGraph` of N atoms and E directed pairs holds
+
+* ``z`` (N,) atomic numbers, ``pos`` (N, 3) positions [Å], ``cell`` (1, 3, 3) rows are vectors [Å], ``pbc`` (1, 3);
+* ``edge_index`` (2, E): row 0 the centre i, row 1 the neighbour j, sorted by (i, j, shift);
+* ``edge_shift`` (E, 3), integers: the neighbour sits at ``pos[j] + edge_shift @ cell``;
+* ``edge_reverse`` (E,): the place of (j, i, −shift), so the list is symmetric by construction;
+* labels ``energy`` (1,), ``forces`` (N, 3), ``stress`` (1, 6), zero where missing, with ``has_energy``, ``has_forces``,
+  ``has_stress`` (1,).
+
+Two structures, walked through: H₂ at 0.74 Å with a cutoff of 5 Å has N = 2, E = 2: ``edge_index = [[0, 1], [1, 0]]``, all
+shifts 0, ``edge_reverse = [1, 0]``. A one-atom cubic cell of 4 Å has N = 1, E = 6: all pairs are (0, 0), told apart by their
+shifts ±x, ±y, ±z; the reverse of +x is −x.
+
+``batch_graphs`` joins graphs into a PyG ``Batch`` and adds the padded layout in which the potential works: M slots an atom.
+
+* ``nbr`` (N, M): neighbour in the slot, ``nbr_shift`` (N, M, 3), ``nbr_used`` (N, M) whether the slot holds a pair,
+* ``nbr_reverse`` (N, M): flat index i·M + m of the reversed pair. An empty slot points to its own atom and to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+from vesin import NeighborList
+
+from forcedrop.structures.cells import complete_cell
+from forcedrop.structures.frame import Frame
+
+
+class AtomicGraph(Data):
+    """A structure, its neighbour list and its labels; see the module's page for the fields."""
+
+    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if key == "edge_reverse":
+            return self["edge_index"].shape[1]
+        return super().__inc__(key, value, *args, **kwargs)
+
+
+class NeighbourFinder:
+    """Neighbour lists from vesin, with a Verlet skin that is reused from call to call.
+
+    The list that comes out does not depend on the calls before: pairs within the cutoff only, in a fixed order.
+
+    Args:
+        cutoff: [Å].
+        skin: [Å]; pairs are searched anew once an atom has moved by skin/2. 0 searches at every call.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 0.0) -> None:
+        self.cutoff = float(cutoff)
+        self.skin = float(skin)
+        self._list = NeighborList(cutoff=self.cutoff, full_list=False, skin=self.skin)
+        self._n_atoms: int | None = None
+
+    def __call__(
+        self, pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ``edge_index`` (2, E), ``edge_shift`` (E, 3) and ``edge_reverse`` (E,), all int64."""
+        n = len(pos)
+        if self._n_atoms not in (None, n):  # the skin of another structure is of no use
+            self._list = NeighborList(cutoff=self.cutoff, full_list=False, skin=self.skin)
+        self._n_atoms = n
+        box = complete_cell(cell, pbc)
+        i, j, shift = self._list.compute(points=pos, box=box, periodic=np.asarray(pbc, bool), quantities="ijS")
+        i, j, shift = i.astype(np.int64), j.astype(np.int64), shift.astype(np.int64)
+        half = len(i)
+        first, second = np.concatenate([i, j]), np.concatenate([j, i])
+        shifts = np.concatenate([shift, -shift])
+        order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], second, first))
+        place = np.empty(2 * half, dtype=np.int64)
+        place[order] = np.arange(2 * half)
+        reverse = place[(order + half) % (2 * half)] if half else place
+        return np.stack([first[order], second[order]]), shifts[order], reverse
+
+
+def build_graph(frame: Frame, finder: NeighbourFinder, dtype: torch.dtype = torch.float32) -> AtomicGraph:
+    """Return the graph of one frame; labels and geometry in ``dtype``, energies in float64.
+
+    Raises:
+        ValueError: if the cell does not fit the periodic directions; the message names the frame's source.
+    """
+    try:
+        edge_index, edge_shift, reverse = finder(frame.pos, frame.cell, frame.pbc)
+    except ValueError as error:
+        raise ValueError(f"{frame.source}: {error}") from error
+    n = len(frame)
+    forces = np.zeros((n, 3)) if frame.forces is None else frame.forces
+    stress = np.zeros(6) if frame.stress is None else frame.stress
+    return AtomicGraph(
+        z=torch.as_tensor(frame.z),
+        pos=torch.as_tensor(frame.pos, dtype=dtype),
+        cell=torch.as_tensor(frame.cell, dtype=dtype)[None],
+        pbc=torch.as_tensor(frame.pbc)[None],
+        edge_index=torch.as_tensor(edge_index),
+        edge_shift=torch.as_tensor(edge_shift),
+        edge_reverse=torch.as_tensor(reverse),
+        energy=torch.tensor([frame.energy or 0.0], dtype=torch.float64),
+        forces=torch.as_tensor(forces, dtype=dtype),
+        stress=torch.as_tensor(stress, dtype=dtype)[None],
+        has_energy=torch.tensor([frame.energy is not None]),
+        has_forces=torch.tensor([frame.forces is not None]),
+        has_stress=torch.tensor([frame.stress is not None]),
+        volume=torch.tensor([frame.volume], dtype=dtype),
+        num_nodes=n,
+        source=frame.source,
+    )
+
+
+def batch_graphs(graphs: Sequence[AtomicGraph]) -> Batch:
+    """Join graphs into one ``Batch`` and add the padded neighbour layout (see the module's page).
+
+    Raises:
+        ValueError: if there is no graph.
+    """
+    if not graphs:
+        raise ValueError("cannot batch zero graphs")
+    batch = Batch.from_data_list(list(graphs))
+    centre, neighbour = batch.edge_index
+    n = batch.num_nodes
+    degree = torch.bincount(centre, minlength=n)
+    width = max(int(degree.max()), 1)
+    first = torch.cumsum(degree, 0) - degree
+    slot = centre * width + torch.arange(centre.shape[0]) - first[centre]
+    atoms = torch.arange(n)
+    nbr = atoms[:, None].repeat(1, width).reshape(-1)
+    nbr[slot] = neighbour
+    reverse = torch.arange(n * width)
+    reverse[slot] = slot[batch.edge_reverse]
+    shift = torch.zeros(n * width, 3, dtype=torch.int64)
+    shift[slot] = batch.edge_shift
+    used = torch.zeros(n * width, dtype=torch.bool)
+    used[slot] = True
+    batch.nbr, batch.nbr_reverse = nbr.reshape(n, width), reverse.reshape(n, width)
+    batch.nbr_shift, batch.nbr_used = shift.reshape(n, width, 3), used.reshape(n, width)
+    return batch
+
+
+def pair_vectors(batch: Batch, pad: float) -> Tensor:
+    """Return the vectors from each atom to the neighbours in its slots [Å], shape (N, M, 3).
+
+    Empty slots hold a vector of length ``pad`` [Å], to be chosen beyond the cutoff.
+    """
+    offset = torch.einsum("nmk,nkl->nml", batch.nbr_shift.to(batch.pos.dtype), batch.cell[batch.batch])
+    vec = batch.pos[batch.nbr] - batch.pos[:, None] + offset
+    empty = torch.tensor([pad, 0.0, 0.0], dtype=vec.dtype, device=vec.device)
+    return torch.where(batch.nbr_used[..., None], vec, empty)

@@ -1,0 +1,285 @@
+r"""The potential: products on the sphere, with dropout sites.
+
+A graph and (optionally) masks go in, an energy per atom comes out. Nothing here draws a random number or differentiates.
+
+Layer 0 sums B_n(r) Y_lm(r̂) over the neighbours of each element; the weights act on that small array, per atom. Later layers
+carry scalars and vectors of the neighbours the same way. In each layer three fields per channel are multiplied pointwise on a
+grid of the sphere and integrated: invariants of body order up to 4 per layer, exactly equivariant (see ``layers.py``).
+
+Dropout sites (``Potential.sites``): ``layers.t.edges`` one bit per undirected pair; ``layers.t.message`` and
+``layers.t.update`` one bit per channel of what a later layer sends and adds, ``readout.hidden`` one bit per hidden channel. A
+mask multiplies a *branch*, never the stream of features itself; it is the same for every atom of a structure, so each mask is
+one smooth, conservative and extensive potential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch
+
+from forcedrop.potential.layers import Linear, Message, PairTensors, SphereNorm, TensorLinear, Update
+from forcedrop.potential.radial import BesselBasis
+from forcedrop.potential.zbl import ZBLRepulsion
+
+
+@dataclass(frozen=True)
+class DropoutRates:
+    """The rate of each kind of site, each in [0, 1); a site with rate 0 does not exist."""
+
+    edge: float = 0.0
+    message: float = 0.0
+    update: float = 0.2
+    readout: float = 0.5
+
+
+@dataclass(frozen=True)
+class PotentialConfig:
+    """Everything that fixes the shape of a network.
+
+    Attributes:
+        elements: atomic numbers it knows, ascending.
+        cutoff: [Å].
+        n_channels: channels C of scalars, vectors and fields.
+        n_layers: message-passing layers.
+        l_max: highest l of the fields on the sphere.
+        n_radial: Bessel functions.
+        n_hidden: hidden channels of the last readout.
+        zbl: whether the short-range ZBL repulsion is added.
+        dropout: the rates of the dropout sites.
+    """
+
+    elements: tuple[int, ...]
+    cutoff: float = 5.0
+    n_channels: int = 64
+    n_layers: int = 2
+    l_max: int = 3
+    n_radial: int = 6
+    n_hidden: int = 64
+    zbl: bool = False
+    dropout: DropoutRates = field(default_factory=DropoutRates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, for a checkpoint."""
+        return {**asdict(self), "elements": list(self.elements)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PotentialConfig:
+        """Undo :meth:`to_dict`."""
+        values = dict(values)
+        return cls(
+            **{**values, "elements": tuple(values["elements"]), "dropout": DropoutRates(**values["dropout"])}
+        )
+
+
+class Site(NamedTuple):
+    """A place where a mask multiplies: its name, its rate, and its channels (0 for a mask over edges)."""
+
+    name: str
+    rate: float
+    n_channels: int
+
+
+class GraphInputs(NamedTuple):
+    """What the network needs of a batch besides the pair vectors, as plain tensors (see ``forcedrop.graph``)."""
+
+    species: Tensor
+    batch: Tensor
+    nbr: Tensor
+    reverse: Tensor
+    n_graphs: int
+
+
+Masks = Mapping[str, Tensor]
+"""Site name → mask: (C,) or (N, C) for channels, (N, M) for edges."""
+
+
+class Layer(nn.Module):
+    """One round: fields on the sphere from the neighbours, products, and the branch that results."""
+
+    def __init__(self, config: PotentialConfig, first: bool, last: bool) -> None:
+        super().__init__()
+        c, n_species = config.n_channels, len(config.elements)
+        self.first = first
+        if first:
+            self.norm = SphereNorm(config.l_max)
+            self.fields = TensorLinear([config.n_radial * n_species] * (config.l_max + 1), 3 * c)
+        else:
+            self.message = Message(c, config.n_radial, config.l_max)
+            self.fields = TensorLinear([2 * c] * 2 + [c] * (config.l_max - 1), 3 * c)
+            self.skip = Linear(c, c)
+        self.update = Update(n_species, c, config.l_max, vectors=not last)
+
+
+class Potential(nn.Module):
+    """The network: (pair vectors, graph, masks) → interaction energy per atom [eV].
+
+    Args:
+        config: its shape.
+        isolated_energies: energy of each isolated atom [eV] by atomic number; 0 where not given.
+        energy_scale: the energy [eV] of one unit of output, of the order of the forces' root mean square times 1 Å.
+    """
+
+    isolated: Tensor
+    energy_scale: Tensor
+    species_of_z: Tensor
+
+    def __init__(
+        self,
+        config: PotentialConfig,
+        isolated_energies: Mapping[int, float] | None = None,
+        energy_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        c = config.n_channels
+        n_species = len(config.elements)
+        self.pairs = PairTensors(BesselBasis(config.n_radial, config.cutoff), config.l_max)
+        last = config.n_layers - 1
+        self.layers = nn.ModuleList(Layer(config, t == 0, t == last) for t in range(config.n_layers))
+        self.readouts = nn.ModuleList(Linear(c, 1) for _ in range(last))
+        self.hidden = Linear(c, config.n_hidden)
+        self.hidden_bias = nn.Parameter(torch.zeros(config.n_hidden))
+        self.output = Linear(config.n_hidden, 1)
+        self.species_bias = nn.Parameter(torch.zeros(n_species, 1))
+        self.zbl = ZBLRepulsion(config.elements) if config.zbl else None
+        isolated_energies = isolated_energies or {}
+        isolated = torch.tensor([isolated_energies.get(z, 0.0) for z in config.elements], dtype=torch.float64)
+        self.register_buffer("isolated", isolated)
+        self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
+        lookup = torch.full((max(config.elements) + 1,), -1)
+        lookup[list(config.elements)] = torch.arange(n_species)
+        self.register_buffer("species_of_z", lookup, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Potential:
+        """Move or cast the module, but keep the isolated-atom energies in float64: they are large."""
+        isolated = self.isolated
+        super()._apply(fn, recurse)
+        self.isolated = isolated.to(self.isolated.device)
+        return self
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The dropout sites with a rate above 0."""
+        rates, c = self.config.dropout, self.config.n_channels
+        found = []
+        for t in range(self.config.n_layers):
+            found.append(Site(f"layers.{t}.edges", rates.edge, 0))
+            if t > 0:
+                found.append(Site(f"layers.{t}.message", rates.message, 2 * c))
+                vectors = 0 if t == self.config.n_layers - 1 else c
+                found.append(Site(f"layers.{t}.update", rates.update, c + vectors))
+        found.append(Site("readout.hidden", rates.readout, self.config.n_hidden))
+        return tuple(site for site in found if site.rate > 0)
+
+    def inputs(self, batch: Batch) -> GraphInputs:
+        """Translate a batch of graphs.
+
+        Raises:
+            ValueError: if the batch holds an element that the model does not know.
+        """
+        known = self.species_of_z
+        z = batch.z
+        bad = (z < 0) | (z >= known.shape[0])
+        species = torch.where(bad, torch.full_like(z, -1), known[torch.where(bad, torch.zeros_like(z), z)])
+        if not torch.compiler.is_compiling() and bool((species < 0).any()):
+            atom = int((species < 0).nonzero()[0, 0])
+            raise ValueError(
+                f"atom {atom} has atomic number {int(z[atom])}; the model knows {list(self.config.elements)}"
+            )
+        return GraphInputs(species, batch.batch, batch.nbr, batch.nbr_reverse, batch.num_graphs)
+
+    def isolated_energy(self, species: Tensor) -> Tensor:
+        """Return the isolated-atom energy of every atom [eV], float64, shape (N,)."""
+        return self.isolated[species]
+
+    def forward(self, vec: Tensor, graph: GraphInputs, masks: Masks | None = None) -> Tensor:
+        """Return the energy of every atom above its isolated energy [eV], shape (N,).
+
+        Args:
+            vec: vectors to the neighbours in each slot [Å], shape (N, M, 3); beyond the cutoff where the slot is empty.
+            graph: the rest of the batch.
+            masks: one mask per site; none is the plain (weight-scaled) network.
+        """
+        masks = masks or {}
+        one_hot = nn.functional.one_hot(graph.species, len(self.config.elements)).to(vec.dtype)
+        pairs, unit = self.pairs(vec)
+        h = v = vec.new_zeros(())
+        energy = vec.new_zeros(())
+        for t, layer in enumerate(self.layers):
+            edges = masks.get(f"layers.{t}.edges")
+            carried = pairs if edges is None else pairs * edges[:, None, :]
+            if t == 0:
+                fields = self._element_fields(layer, carried, one_hot, graph)
+                branch = layer.update(fields, one_hot)
+                h, v = branch[0], branch[1:]
+            else:
+                fields = self._message_fields(layer, h, v, carried, unit, graph, masks.get(f"layers.{t}.message"))
+                branch = layer.update(fields, one_hot)
+                h, v = self._add(layer.skip, h, v, branch, masks.get(f"layers.{t}.update"))
+            if t < len(self.readouts):
+                energy = energy + self.readouts[t](h)
+        hidden = nn.functional.silu(self.hidden(h) + self.hidden_bias)
+        if (mask := masks.get("readout.hidden")) is not None:
+            hidden = hidden * mask
+        energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0] * self.energy_scale
+        if self.zbl is not None:
+            energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
+        return energy
+
+    def _element_fields(self, layer: Any, pairs: Tensor, one_hot: Tensor, graph: GraphInputs) -> Tensor:
+        n, s = one_hot.shape[0], (self.config.l_max + 1) ** 2
+        a = (pairs @ one_hot[graph.nbr]).reshape(n, self.config.n_radial, s, -1)
+        a = layer.norm(a.permute(2, 0, 1, 3).reshape(s, n, -1))
+        return layer.fields([a[l * l : (l + 1) ** 2] for l in range(self.config.l_max + 1)])  # noqa: E741
+
+    def _message_fields(
+        self, layer: Any, h: Tensor, v: Tensor, pairs: Tensor, unit: Tensor, graph: GraphInputs, mask: Tensor | None
+    ) -> Tensor:
+        a = layer.message(h, v, pairs, unit, graph.nbr, graph.reverse, mask)
+        parts = [torch.cat([a[:1], h[None]], -1), torch.cat([a[1:4], v], -1)]
+        parts += [a[l * l : (l + 1) ** 2] for l in range(2, self.config.l_max + 1)]  # noqa: E741
+        return layer.fields(parts)
+
+    @staticmethod
+    def _add(
+        skip: nn.Module, h: Tensor, v: Tensor, branch: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scalars, vectors = branch[0], branch[1:]
+        c = scalars.shape[-1]
+        if mask is not None:
+            scalars = scalars * mask[..., :c]
+            vectors = vectors * mask[..., c:] if len(vectors) else vectors
+        return skip(h) + scalars, v + vectors if len(vectors) else vectors
+
+    def measure_norms(self, batch: Batch, vec: Tensor) -> None:
+        """Measure and store every root mean square on one batch of data, layer after layer, in one pass."""
+        norms = [m for m in self.modules() if isinstance(m, SphereNorm)]
+        for norm in norms:
+            norm.measuring = True
+        try:
+            with torch.no_grad():
+                self(vec, self.inputs(batch))
+        finally:
+            for norm in norms:
+                norm.measuring = False
+
+    def extra_repr(self) -> str:
+        """Say the elements and the number of parameters."""
+        n = sum(p.numel() for p in self.parameters())
+        return f"elements={list(self.config.elements)}, cutoff={self.config.cutoff} Å, parameters={n}"
+
+
+def dropout_sites(potential: Potential) -> Sequence[Site]:
+    """Return the sites, or say that there is none.
+
+    Raises:
+        ValueError: if the network has no dropout site with a rate above 0.
+    """
+    if not potential.sites:
+        raise ValueError("this network has no dropout site (all rates are 0): it cannot give error bars")
+    return potential.sites

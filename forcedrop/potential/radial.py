@@ -1,0 +1,41 @@
+r"""Radial functions: Bessel functions times a smooth cutoff, entering the network linearly."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def polynomial_cutoff(x: Tensor, p: int = 6) -> Tensor:
+    r"""Return the envelope u(x), x = r/r_cut: 1 at 0, and 0 with zero first and second derivatives at and beyond x = 1.
+
+    Source: Gasteiger, Groß & Günnemann, ICLR 2020 (DimeNet), eq. 8.
+    """
+    u = 1 - (p + 1) * (p + 2) / 2 * x**p + p * (p + 2) * x ** (p + 1) - p * (p + 1) / 2 * x ** (p + 2)
+    return torch.where(x < 1, u, torch.zeros_like(u))
+
+
+class BesselBasis(nn.Module):
+    r"""Spherical Bessel functions of order 0 times the cutoff: √(2/r_cut)·sin(nπr/r_cut)/r · u(r/r_cut), n = 1 … n_radial.
+
+    Source: Gasteiger et al. (DimeNet), eq. 7.
+
+    Args:
+        n_radial: number of functions.
+        cutoff: r_cut [Å].
+    """
+
+    wave: Tensor
+
+    def __init__(self, n_radial: int, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.register_buffer("wave", torch.arange(1, n_radial + 1) * (math.pi / cutoff), persistent=False)
+
+    def forward(self, r: Tensor) -> Tensor:
+        """Return the basis at distances ``r`` [Å], shape (…, n_radial)."""
+        r = r[..., None]
+        envelope = polynomial_cutoff(r / self.cutoff)
+        return math.sqrt(2.0 / self.cutoff) * torch.sin(r * self.wave) / r * envelope

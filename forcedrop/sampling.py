@@ -1,0 +1,160 @@
+"""K functions from one network: drawing the masks, and one reduction over the samples for every property."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from forcedrop.derive import Derived, derive, derive_samples
+from forcedrop.dropout import edge_mask, feature_mask
+from forcedrop.graph import AtomicGraph, batch_graphs
+from forcedrop.potential import Potential, dropout_sites
+
+
+class Prediction(NamedTuple):
+    """K samples and their two first moments; each field is a :class:`~forcedrop.derive.Derived`.
+
+    Attributes:
+        mean: mean over the samples.
+        std: raw standard deviation over the samples (ddof 1), not calibrated.
+        samples: the samples, sample axis first.
+    """
+
+    mean: Derived
+    std: Derived
+    samples: Derived
+
+
+def draw_masks(potential: Potential, batch: Batch, seed: int, samples: int | Sequence[int]) -> dict[str, Tensor]:
+    """Return the masks of K samples for every site of a network: pure functions of (seed, sample, site).
+
+    Feature masks have shape (K, C). Edge masks, (K, N, M), depend on the pair alone: atoms' places in their own structure and
+    the relative cell shift, not on the batch.
+
+    Raises:
+        ValueError: if the network has no dropout site.
+    """
+    masks = {}
+    dtype, device = batch.pos.dtype, batch.pos.device
+    for site in dropout_sites(potential):
+        if site.n_channels:
+            masks[site.name] = feature_mask(
+                site.rate, site.n_channels, seed=seed, samples=samples, site=site.name, dtype=dtype, device=device
+            )
+        else:
+            local = torch.arange(batch.num_nodes, device=device) - batch.ptr[batch.batch]
+            centre = local[:, None].expand_as(batch.nbr)
+            pairs = torch.stack([centre.reshape(-1), local[batch.nbr].reshape(-1)])
+            mask = edge_mask(
+                site.rate, pairs, batch.nbr_shift.flatten(0, 1), seed=seed, samples=samples, site=site.name, dtype=dtype
+            )
+            masks[site.name] = mask.unflatten(1, batch.nbr.shape)
+    return masks
+
+
+def each(function: Callable[[Tensor], Tensor], derived: Derived) -> Derived:
+    """Apply one function to every property: the one place where samples are reduced."""
+    return Derived(*(function(x) for x in derived))
+
+
+def reduce_samples(samples: Derived) -> Prediction:
+    """Return mean and standard deviation over the first axis.
+
+    Raises:
+        ValueError: if there are fewer than two samples: one has no spread.
+    """
+    k = samples.energy.shape[0]
+    if k < 2:
+        raise ValueError(f"error bars need at least 2 samples, got {k}")
+    mean = each(lambda x: x.mean(0), samples)
+    return Prediction(mean, each(lambda x: x.std(0, correction=1), samples), samples)
+
+
+def predict(
+    potential: Potential, batch: Batch, *, n_samples: int = 16, seed: int = 0, chunk: int | None = None
+) -> Prediction:
+    """Return the Monte-Carlo-dropout prediction of a batch.
+
+    Args:
+        potential: a network with dropout sites.
+        batch: from ``forcedrop.graph.batch_graphs``.
+        n_samples: K ≥ 2.
+        seed: of the masks; the same (seed, K) gives the same bits.
+        chunk: how many samples to compute at once (all, if not given); it bounds the memory.
+
+    Raises:
+        ValueError: if K < 2, or the network has no dropout site.
+    """
+    if n_samples < 2:
+        raise ValueError(f"error bars need at least 2 samples, got {n_samples}")
+    parts = []
+    step = chunk or n_samples
+    with torch.no_grad():
+        for first in range(0, n_samples, step):
+            masks = draw_masks(potential, batch, seed, range(first, min(first + step, n_samples)))
+            parts.append(derive_samples(potential, batch, masks))
+        return reduce_samples(Derived(*(torch.cat(x) for x in zip(*parts, strict=True))))
+
+
+@dataclass(frozen=True)
+class FramePrediction:
+    """The prediction for one structure as numpy arrays; units and orders as in :class:`~forcedrop.derive.Derived`.
+
+    Attributes:
+        mean: means over the samples by property: ``energy`` float, ``energies`` (N,), ``forces`` (N, 3), ``stress`` (6,).
+        std: raw standard deviations by property, same shapes.
+        plain: the plain (weight-scaled) network's values by property.
+    """
+
+    mean: dict[str, np.ndarray]
+    std: dict[str, np.ndarray]
+    plain: dict[str, np.ndarray]
+
+
+def predict_graphs(
+    potential: Potential,
+    graphs: Sequence[AtomicGraph],
+    *,
+    n_samples: int = 16,
+    seed: int = 0,
+    batch_atoms: int = 256,
+) -> Iterator[FramePrediction]:
+    """Yield the prediction for each graph, in order; as many structures at once as fit in ``batch_atoms``.
+
+    Raises:
+        ValueError: if K < 2, or the network has no dropout site.
+    """
+    device = potential.hidden_bias.device
+    group: list[AtomicGraph] = []
+    for index, graph in enumerate(graphs):
+        group.append(graph)
+        following = graphs[index + 1].num_nodes if index + 1 < len(graphs) else batch_atoms
+        if sum(g.num_nodes for g in group) + following > batch_atoms:
+            batch = batch_graphs(group).to(device)
+            prediction = predict(potential, batch, n_samples=n_samples, seed=seed)
+            plain = derive(potential, batch)
+            parts = [_split(values, batch) for values in (prediction.mean, prediction.std, plain)]
+            for mean, std, single in zip(*parts, strict=True):
+                yield FramePrediction(mean, std, single)
+            group = []
+
+
+def _split(values: Derived, batch: Batch) -> list[dict[str, np.ndarray]]:
+    """Cut the values of a batch into structures."""
+    arrays = {k: v.to("cpu", torch.float64).numpy() for k, v in values._asdict().items()}
+    first = batch.ptr.tolist()
+    return [
+        {
+            "energy": arrays["energy"][b],
+            "energies": arrays["energies"][first[b] : first[b + 1]],
+            "forces": arrays["forces"][first[b] : first[b + 1]],
+            "stress": arrays["stress"][b],
+        }
+        for b in range(batch.num_graphs)
+    ]

@@ -1,0 +1,137 @@
+"""What makes a frame unusable, found before anything is computed from it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase.data import chemical_symbols
+from vesin import NeighborList
+
+from forcedrop.structures.cells import complete_cell
+from forcedrop.structures.frame import Frame
+from forcedrop.units import ENERGY
+
+MIN_DISTANCE = 0.3
+"""Atoms closer than this [Å] are a mistake in the file."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one frame: where (``file#frame``), in which field, and what."""
+
+    source: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.field}: {self.message}"
+
+
+class BadFrames(ValueError):
+    """Frames that cannot be used; the message lists the first ten problems, ``problems`` holds all."""
+
+    def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
+        self.problems = list(problems)
+        lines = [f"  {problem}" for problem in self.problems[:10]]
+        if len(self.problems) > 10:
+            lines.append(f"  … and {len(self.problems) - 10} more")
+        count = len({problem.source for problem in self.problems})
+        super().__init__("\n".join([f"{count} bad frame{'s' if count != 1 else ''}:", *lines, *([hint] if hint else [])]))
+
+
+def check_frames(
+    frames: Iterable[Frame], *, elements: Collection[int] | None = None, min_distance: float = MIN_DISTANCE
+) -> list[Problem]:
+    """Return every problem of every frame: shapes, numbers, elements, cell, distances [Å], mixed units."""
+    frames = list(frames)
+    problems: list[Problem] = []
+    finder = NeighborList(cutoff=min_distance, full_list=False)
+    for frame in frames:
+        found = [*_shapes(frame)] or [*_numbers(frame), *_elements(frame, elements), *_cell(frame)]
+        if not found:
+            found = [*_distances(frame, finder, min_distance)]
+        problems += found
+    return problems + mixed_units(frames)
+
+
+def _shapes(frame: Frame) -> Iterable[Problem]:
+    n = len(frame.z)
+    if n == 0:
+        yield Problem(frame.source, "positions", "there are no atoms")
+        return
+    wanted = {"pos": (n, 3), "cell": (3, 3), "pbc": (3,), "forces": (n, 3), "stress": (6,)}
+    for name, shape in wanted.items():
+        array = getattr(frame, name)
+        if array is not None and np.shape(array) != shape:
+            yield Problem(frame.source, name, f"shape must be {shape}, got {np.shape(array)}")
+
+
+def _numbers(frame: Frame) -> Iterable[Problem]:
+    for name in ("pos", "cell", "energy", "forces", "stress"):
+        values = getattr(frame, name)
+        if values is None or np.isfinite(values).all():
+            continue
+        bad = np.argwhere(~np.isfinite(np.atleast_1d(values)))[0]
+        atom = f" at atom {bad[0]}" if name in ("pos", "forces") else ""
+        yield Problem(frame.source, name, f"NaN or infinite{atom}")
+
+
+def _elements(frame: Frame, elements: Collection[int] | None) -> Iterable[Problem]:
+    for index, z in enumerate(frame.z):
+        if not 1 <= z < len(chemical_symbols):
+            yield Problem(frame.source, "z", f"atom {index} has atomic number {z}, which is no element")
+            return
+        if elements is not None and z not in elements:
+            known = ", ".join(chemical_symbols[e] for e in sorted(elements))
+            yield Problem(frame.source, "z", f"atom {index} is {chemical_symbols[z]}; the model knows {known}")
+            return
+
+
+def _cell(frame: Frame) -> Iterable[Problem]:
+    if not frame.pbc.any():
+        return
+    lengths = np.linalg.norm(frame.cell, axis=1)
+    if np.any(frame.pbc & (lengths < 1e-8)):
+        axis = "abc"[int(np.argmax(frame.pbc & (lengths < 1e-8)))]
+        yield Problem(frame.source, "cell", f"periodic along {axis}, but the cell has no vector {axis}")
+    elif lengths.all() and frame.volume < 1e-8 * lengths.prod():
+        yield Problem(frame.source, "cell", "the cell vectors lie in one plane")
+
+
+def _distances(frame: Frame, finder: NeighborList, min_distance: float) -> Iterable[Problem]:
+    box = complete_cell(frame.cell, frame.pbc)
+    i, j, d = finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="ijd")
+    if len(i):
+        k = int(np.argmin(d))
+        yield Problem(
+            frame.source, "pos", f"atoms {i[k]} and {j[k]} are {d[k]:.3f} Å apart, less than {min_distance} Å"
+        )
+
+
+def mixed_units(frames: Sequence[Frame]) -> list[Problem]:
+    """Return a problem for each file whose energies look like another unit than those of the first with the same composition.
+
+    Two files with frames of one composition are compared by their mean energies: a ratio within 2 % of that of two units
+    (eV, kcal/mol, kJ/mol, Hartree) and more than 10 eV per atom apart. A difference in the reference method does not do that.
+    """
+    means: dict[tuple[int, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for frame in frames:
+        if frame.energy is not None and np.isfinite(frame.energy) and len(frame.z):
+            means[tuple(sorted(frame.z.tolist()))][frame.source.rpartition("#")[0]].append(frame.energy)
+    ratios = {f"{a} instead of {b}": ENERGY[a] / ENERGY[b] for a in ENERGY for b in ENERGY if a != b and "meV" not in (a, b)}
+    problems: dict[str, Problem] = {}
+    for composition, by_file in means.items():
+        files = list(by_file)
+        first = float(np.mean(by_file[files[0]]))
+        for file in files[1:]:
+            other = float(np.mean(by_file[file]))
+            if abs(other - first) < 10 * len(composition) or first == 0:
+                continue
+            for words, ratio in ratios.items():
+                if abs(first / other / ratio - 1) < 0.02:
+                    text = f"energies are {other / first:.4g} times those of {files[0]}: a file in {words}?"
+                    problems[file] = Problem(file, "energy", text)
+    return list(problems.values())

@@ -1,0 +1,292 @@
+"""The project's own file: any number of structures of any size in one HDF5 file that survives being killed.
+
+Layout: per-atom arrays of all structures behind one another with offsets ``ptr`` (n + 1), per-structure arrays with one row
+each, and texts (JSON of ``info`` and the source) as bytes with offsets ``text_ptr``. All data sets are chunked and resizable.
+
+Crash safety: a writer works in HDF5's single-writer mode, in which the file is consistent at every moment, and counts a batch in
+(``committed``) after all of it is on disk. A killed writer leaves at most its last batch uncounted; readers never see it, the
+next writer overwrites it, after rebuilding the file once beside itself (HDF5 marks a file that was not closed).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import h5py
+import numpy as np
+
+import forcedrop
+from forcedrop.structures.frame import Frame
+
+FORMAT = 1
+UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
+_PER_ATOM = {"z": ((), "i2"), "pos": ((3,), "f8"), "forces": ((3,), "f8")}
+_PER_FRAME = {
+    "cell": ((3, 3), "f8"), "pbc": ((3,), "?"), "energy": ((), "f8"), "stress": ((6,), "f8"),
+    "has_energy": ((), "?"), "has_forces": ((), "?"), "has_stress": ((), "?"),
+}  # fmt: skip
+_OFFSETS = ("ptr", "text_ptr")
+
+
+class FrameStore:
+    """A list of :class:`Frame` on disk; ``len``, indexing, slicing and iteration read, :meth:`append` writes.
+
+    The file is opened at first use and in every worker process anew, so a store can be handed to data-loader workers.
+
+    Args:
+        path: the file.
+        mode: ``"r"`` to read, ``"a"`` to append (made if missing), ``"w"`` to start over.
+        provenance: plain values to keep with a new file, such as method and settings.
+
+    Raises:
+        ValueError: if the file is missing (``"r"``) or is not a frame store.
+    """
+
+    def __init__(
+        self, path: str | Path, mode: Literal["r", "a", "w"] = "r", provenance: dict[str, Any] | None = None
+    ) -> None:
+        self.path, self.mode = Path(path), mode
+        self._file: h5py.File | None = None
+        if mode == "r" and not self.path.is_file():
+            raise ValueError(f"no such file: {path}")
+        if mode == "w" or (mode == "a" and not self.path.exists()):
+            _create(self.path, {}, provenance or {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "mode": "r", "_file": None}
+
+    def close(self) -> None:
+        """Close the file; it opens again when needed."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def file(self) -> h5py.File:
+        """The open HDF5 file."""
+        if self._file is None:
+            self._file = _open_to_read(self.path) if self.mode == "r" else _open_to_write(self.path)
+        return self._file
+
+    def __len__(self) -> int:
+        if self.mode == "r":
+            self.file["committed"].refresh()
+        return int(self.file["committed"][0])
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self._read(i) for i in range(*index.indices(len(self)))]
+        n = len(self)
+        if not -n <= index < n:
+            raise IndexError(f"{self.path} holds {n} frames, asked for frame {index}")
+        return self._read(index % n)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for index in range(len(self)):
+            yield self._read(index)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was noted when the file was made."""
+        return dict(json.loads(self.file.attrs["provenance"]))
+
+    def append(self, frames: Sequence[Frame]) -> None:
+        """Add frames; once this returns they are counted in.
+
+        Raises:
+            ValueError: if the store was opened to read, or an array of a frame does not have one row per atom.
+        """
+        if self.mode == "r":
+            raise ValueError(f"{self.path} was opened to read; open it with mode='a' to append")
+        if not frames:
+            return
+        new = _extra_layout(frames)
+        if any(name not in self.file["extra"] for name in new):
+            self._add_columns(new)
+        file, start = self.file, len(self)
+        _write_rows(file, start, frames)
+        file.flush()
+        file["committed"][0] = start + len(frames)
+        file.flush()
+
+    def _add_columns(self, new: dict[str, tuple[tuple[int, ...], str]]) -> None:
+        frames = self[:]
+        have = {name: (d.shape[1:], d.dtype.str) for name, d in self.file["extra"].items()}
+        provenance = self.provenance
+        self.close()
+        _rebuild(self.path, frames, {**new, **have}, provenance)
+
+    def _read(self, i: int) -> Frame:
+        file = self.file
+        first, last = file["ptr"][i : i + 2]
+        text_first, text_last = file["text_ptr"][i : i + 2]
+        text = json.loads(file["text"][text_first:text_last].tobytes().decode())
+        atoms = slice(int(first), int(last))
+        arrays = {}
+        for name, data in file["extra"].items():
+            values = data[atoms]
+            if values.dtype.kind != "f" or not np.isnan(values).all():
+                arrays[name] = values
+        info = dict(text["info"])
+        if text["source"] != "<memory>":
+            info.setdefault("source", text["source"])
+        return Frame(
+            z=file["z"][atoms].astype(np.int64),
+            pos=file["pos"][atoms],
+            cell=file["cell"][i],
+            pbc=file["pbc"][i],
+            energy=float(file["energy"][i]) if file["has_energy"][i] else None,
+            forces=file["forces"][atoms] if file["has_forces"][i] else None,
+            stress=file["stress"][i] if file["has_stress"][i] else None,
+            info=info,
+            arrays=arrays,
+            source=f"{self.path}#{i}",
+        )
+
+    def content_hash(self) -> str:
+        """Return the sha256 of all frames in order: geometry, labels, info and arrays; not of provenance or layout."""
+        digest = hashlib.sha256()
+        for frame in self:
+            for values in (frame.z, frame.pos, frame.cell, frame.pbc, frame.energy, frame.forces, frame.stress):
+                digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+            digest.update(json.dumps(frame.info, sort_keys=True).encode())
+            for name in sorted(frame.arrays):
+                digest.update(name.encode() + np.ascontiguousarray(frame.arrays[name]).tobytes())
+        return digest.hexdigest()
+
+
+def _open_to_read(path: Path) -> h5py.File:
+    try:
+        file = h5py.File(path, "r", libver="latest", swmr=True)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} as HDF5: {error}") from error
+    if file.attrs.get("forcedrop_store") != FORMAT:
+        file.close()
+        raise ValueError(f"{path} is not a forcedrop frame store of format {FORMAT}")
+    return file
+
+
+def _open_to_write(path: Path) -> h5py.File:
+    _open_to_read(path).close()
+    try:
+        file = h5py.File(path, "r+", libver="latest")
+    except OSError as error:
+        if "consistency flags" not in str(error) and "already open for write" not in str(error):
+            raise ValueError(f"cannot write {path}: {error}") from error
+        with FrameStore(path) as killed:  # its writer died: copy what it committed
+            frames, provenance = killed[:], killed.provenance
+            columns = {name: (d.shape[1:], d.dtype.str) for name, d in killed.file["extra"].items()}
+        _rebuild(path, frames, columns, provenance)
+        file = h5py.File(path, "r+", libver="latest")
+    file.swmr_mode = True
+    return file
+
+
+def _rebuild(
+    path: Path, frames: Sequence[Frame], extra: dict[str, tuple[tuple[int, ...], str]], provenance: dict[str, Any]
+) -> None:
+    """Write all frames to a new file beside the old one and put it in its place."""
+    temporary = path.with_name(f".{path.name}.part")
+    _create(temporary, extra, provenance)
+    with FrameStore(temporary, "a") as store:
+        store.append([_with_origin(frame) for frame in frames])
+    temporary.replace(path)
+
+
+def _with_origin(frame: Frame) -> Frame:
+    """Give a frame read from a store the source it had before, so that a copy is the same."""
+    info = dict(frame.info)
+    source = str(info.pop("source", "<memory>"))
+    return Frame(**{**vars(frame), "info": info, "source": source})
+
+
+def _create(path: Path, extra: dict[str, tuple[tuple[int, ...], str]], provenance: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = {"forcedrop": forcedrop.__version__, "created": datetime.datetime.now(datetime.UTC).isoformat()}
+    with h5py.File(path, "w", libver="latest") as file:
+        file.attrs["forcedrop_store"] = FORMAT
+        file.attrs["units"] = json.dumps(UNITS)
+        file.attrs["provenance"] = json.dumps({**stamp, **provenance})
+        file.create_dataset("committed", data=np.zeros(1, np.int64))
+        for name, (shape, kind) in (_PER_ATOM | _PER_FRAME).items():
+            _dataset(file, name, shape, kind)
+        _dataset(file, "text", (), "u1", rows=65536)
+        for name in _OFFSETS:
+            file.create_dataset(name, data=np.zeros(1, np.int64), maxshape=(None,), chunks=(4096,))
+        group = file.create_group("extra")
+        for name, (shape, kind) in extra.items():
+            _dataset(group, name, shape, kind)
+
+
+def _dataset(group: Any, name: str, shape: tuple[int, ...], kind: str, rows: int = 2048) -> None:
+    group.create_dataset(
+        name, shape=(0, *shape), maxshape=(None, *shape), dtype=kind, chunks=(rows, *shape), compression="gzip",
+        shuffle=True,
+    )  # fmt: skip
+
+
+def _extra_layout(frames: Sequence[Frame]) -> dict[str, tuple[tuple[int, ...], str]]:
+    layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    for frame in frames:
+        for name, values in frame.arrays.items():
+            array = np.asarray(values)
+            if array.shape[:1] != (len(frame),):
+                raise ValueError(f"{frame.source}: array {name!r} needs {len(frame)} rows, got shape {array.shape}")
+            if array.dtype.kind in "fiub":
+                layout.setdefault(name, (array.shape[1:], "f8"))
+    return layout
+
+
+def _write_rows(file: h5py.File, start: int, frames: Sequence[Frame]) -> None:
+    """Write frames from row ``start`` on, over whatever an uncommitted writer left there."""
+    first = int(file["ptr"][start])
+    sizes = np.array([len(f) for f in frames])
+    atoms = first + int(sizes.sum())
+
+    def put(name: str, row: int, values: np.ndarray) -> None:
+        data = file[name]
+        data.resize(row + len(values), axis=0)
+        data[row:] = values
+
+    put("z", first, np.concatenate([f.z for f in frames]))
+    put("pos", first, np.concatenate([f.pos for f in frames]))
+    put("forces", first, np.concatenate([np.zeros((len(f), 3)) if f.forces is None else f.forces for f in frames]))
+    for name, data in file["extra"].items():
+        blank = [np.full((len(f), *data.shape[1:]), np.nan) for f in frames]
+        rows = [np.asarray(f.arrays.get(name, b), float) for f, b in zip(frames, blank, strict=True)]
+        put(f"extra/{name}", first, np.concatenate(rows))
+    put("cell", start, np.stack([f.cell for f in frames]))
+    put("pbc", start, np.stack([f.pbc for f in frames]))
+    put("energy", start, np.array([f.energy or 0.0 for f in frames]))
+    put("stress", start, np.stack([np.zeros(6) if f.stress is None else f.stress for f in frames]))
+    for name in ("energy", "forces", "stress"):
+        put(f"has_{name}", start, np.array([getattr(f, name) is not None for f in frames]))
+    texts = [json.dumps({"info": f.info, "source": f.source}, default=_plain).encode() for f in frames]
+    lengths = np.array([len(t) for t in texts])
+    text_first = int(file["text_ptr"][start])
+    put("text", text_first, np.frombuffer(b"".join(texts), np.uint8))
+    put("text_ptr", start + 1, text_first + np.cumsum(lengths))
+    put("ptr", start + 1, first + np.cumsum(sizes))
+    if file["pos"].shape[0] != atoms:
+        raise ValueError(f"positions of {file['pos'].shape[0]} atoms written, expected {atoms}")
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy values in ``info`` into JSON; anything else into its text."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return str(value)

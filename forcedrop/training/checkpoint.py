@@ -1,0 +1,120 @@
+"""One file, one model: everything that inference needs, and nothing that runs code when it is loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import forcedrop
+from forcedrop.calibration import Calibration
+from forcedrop.potential import Potential, PotentialConfig
+
+FORMAT = 1
+UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
+
+
+@dataclass
+class TrainedModel:
+    """A potential and all that is known about it.
+
+    Attributes:
+        potential: the network.
+        calibration: what turns raw spread into σ; None for a model that was not calibrated.
+        bank_seed: seed of the masks it was trained with.
+        provenance: training-set hash, element and distance ranges, settings, date, version.
+    """
+
+    potential: Potential
+    calibration: Calibration | None = None
+    bank_seed: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """The atomic numbers it knows."""
+        return self.potential.config.elements
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.potential.hidden_bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.potential.hidden_bias.device
+
+
+def save_model(model: TrainedModel, path: str | Path) -> None:
+    """Write a model, atomically: a reader finds the old file or the new one, never half of one."""
+    potential = model.potential
+    save_atomically(
+        {
+            "format": FORMAT,
+            "forcedrop": forcedrop.__version__,
+            "units": UNITS,
+            "config": potential.config.to_dict(),
+            "weights": {name: value.detach().cpu() for name, value in potential.state_dict().items()},
+            "calibration": model.calibration.to_dict() if model.calibration else None,
+            "bank_seed": model.bank_seed,
+            "provenance": model.provenance,
+        },
+        path,
+    )
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
+    """Read a model.
+
+    Raises:
+        ValueError: if the file is not there, is not a forcedrop model, or is of a newer format.
+    """
+    values = load_plain(path)
+    if not {"format", "config", "weights"} <= set(values):
+        raise ValueError(f"{path} is not a forcedrop model (it holds {', '.join(map(str, values))})")
+    if values["format"] > FORMAT:
+        raise ValueError(f"{path} has format {values['format']}, this forcedrop reads up to {FORMAT}: please update")
+    potential = Potential(PotentialConfig.from_dict(values["config"]))
+    potential.to(values["weights"]["hidden_bias"].dtype)
+    potential.load_state_dict(values["weights"])
+    calibration = values["calibration"]
+    return TrainedModel(
+        potential=potential.to(device).eval(),
+        calibration=Calibration.from_dict(calibration) if calibration else None,
+        bank_seed=values["bank_seed"],
+        provenance=values["provenance"],
+    )
+
+
+def save_atomically(values: dict[str, Any], path: str | Path) -> None:
+    """Write with ``torch.save`` beside the target, flush to disk, then rename over it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as stream:
+        torch.save(values, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def load_plain(path: str | Path) -> dict[str, Any]:
+    """Read tensors and plain values only (``weights_only=True``).
+
+    Raises:
+        ValueError: if the file is not there or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a forcedrop model or checkpoint, or is damaged") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a forcedrop model or checkpoint")
+    return values

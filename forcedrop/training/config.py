@@ -1,0 +1,195 @@
+"""The training file: one YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Rate = Field(ge=0.0, lt=1.0)
+
+
+class ConfigError(ValueError):
+    """A training file that cannot be used; the message names the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """Where the structures come from and how they are split."""
+
+    train: list[Path] = Field(description="files to train on (any format that `forcedrop info` reads)", min_length=1)
+    validation: list[Path] | None = Field(None, description="own validation files; otherwise a share of `train`")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share held out to stop and choose on")
+    calibration_fraction: float = Field(0.1, gt=0, lt=1, description="share held out to calibrate on")
+    isolated_atoms: Path | dict[str, float] | None = Field(
+        None, description="file of single atoms, or energies [eV] by symbol; otherwise found in `train`, or fitted"
+    )
+    energy_key: str | None = Field(None, description="label of the energy in the file")
+    forces_key: str | None = Field(None, description="label of the forces in the file")
+    stress_key: str | None = Field(None, description="label of the stress in the file")
+    energy_unit: str = Field("eV", description="unit of energies in the files; npz files say their own")
+    length_unit: str = Field("Angstrom", description="unit of lengths in the files")
+    skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
+
+
+class ModelSection(_Section):
+    """The shape of the network."""
+
+    cutoff: float = Field(5.0, gt=0, description="[Å]")
+    n_channels: int = Field(64, ge=1)
+    n_layers: int = Field(2, ge=1)
+    l_max: int = Field(3, ge=1, le=6)
+    n_radial: int = Field(6, ge=1)
+    n_hidden: int = Field(64, ge=1)
+    zbl: bool = Field(False, description="add the short-range ZBL repulsion")
+
+
+class DropoutSection(_Section):
+    """Rates of the dropout sites; a site with rate 0 does not exist."""
+
+    edge: float = Field(0.0, ge=0, lt=1, description="one bit per pair of atoms")
+    message: float = Field(0.0, ge=0, lt=1, description="channels of what is sent to neighbours")
+    update: float = Field(0.2, ge=0, lt=1, description="channels of what a layer adds")
+    readout: float = Field(0.5, ge=0, lt=1, description="hidden channels of the last readout")
+
+
+class LossSection(_Section):
+    """Weights of the squared errors, each made dimensionless by the forces' root mean square."""
+
+    energy: float = Field(1.0, ge=0, description="per √N")
+    forces: float = Field(1.0, ge=0, description="per component")
+    stress: float = Field(0.1, ge=0, description="virial per √N")
+
+
+class OptimiserSection(_Section):
+    """Adam with AMSGrad under a cosine schedule."""
+
+    learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled")
+    warmup_steps: int = Field(100, ge=0)
+    clip_gradient: float = Field(10.0, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="of the averaged weights, which are the ones kept")
+
+
+class StageOneSection(_Section):
+    """Plain training, without masks."""
+
+    epochs: int = Field(200, ge=1)
+    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation loss")
+
+
+class StageTwoSection(_Section):
+    """The dropout stage: a Gaussian likelihood of energies and forces over several masks per structure."""
+
+    epochs: int = Field(20, ge=0, description="0 leaves the stage out; the model then has no calibrated error bars")
+    learning_rate: float = Field(2e-3, gt=0)
+    samples: int = Field(4, ge=2, description="masks per structure and step")
+    bank: int = Field(16, ge=2, description="the masks are drawn from this many, the same that inference uses")
+    bank_seed: int = Field(0, description="seed of the masks; the calculator's default")
+    mean_weight: float = Field(1.0, ge=0, description="weight of the mean's own squared error beside the likelihood")
+    patience: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> Self:
+        if self.samples > self.bank:
+            raise ValueError(f"`samples` must not exceed `bank`, got {self.samples} of {self.bank}")
+        return self
+
+
+class TrainConfig(_Section):
+    """The whole file."""
+
+    output: Path = Field(description="folder for checkpoints, logs and the model")
+    data: DataSection
+    model: ModelSection = ModelSection()
+    dropout: DropoutSection = DropoutSection()
+    loss: LossSection = LossSection()
+    optimiser: OptimiserSection = OptimiserSection()
+    stage_one: StageOneSection = StageOneSection()
+    stage_two: StageTwoSection = StageTwoSection()
+    batch_size: int = Field(5, ge=1, description="structures a step")
+    eval_batch_size: int = Field(16, ge=1)
+    seed: int = 0
+    device: str = Field("auto", description="cpu, cuda, cuda:1 … or auto")
+    precision: Literal["float32", "float64"] = "float32"
+    checkpoint_seconds: float = Field(60.0, ge=0, description="a resumable checkpoint at most this often")
+
+    @model_validator(mode="after")
+    def _error_bars_have_sites(self) -> Self:
+        rates = self.dropout.model_dump()
+        if self.stage_two.epochs and not any(rates.values()):
+            raise ValueError("`stage_two.epochs` is above 0 but every rate in `dropout` is 0: nothing to sample")
+        return self
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read and check a training file; relative paths in it are relative to the file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or has an unknown or ill-typed key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such training file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return parse_config(values, source=str(path), folder=path.parent)
+
+
+def parse_config(values: dict[str, Any], source: str = "<memory>", folder: Path | None = None) -> TrainConfig:
+    """Check a training configuration given as nested dictionaries.
+
+    Raises:
+        ConfigError: naming every unknown key with the closest valid one, and every value of a wrong type or range.
+    """
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_describe(item)}" for item in error.errors())
+        raise ConfigError(f"{source}:\n{lines}") from None
+    return _resolve_paths(config, folder) if folder else config
+
+
+def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
+    data = config.data
+    atoms = data.isolated_atoms
+    update = {
+        "train": [folder / p for p in data.train],
+        "validation": data.validation and [folder / p for p in data.validation],
+        "isolated_atoms": folder / atoms if isinstance(atoms, Path) else atoms,
+    }
+    return config.model_copy(update={"output": folder / config.output, "data": data.model_copy(update=update)})
+
+
+def _describe(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else f"valid are {', '.join(valid)}"
+        return f"unknown key `{key}`; {hint}"
+    if item["type"] == "missing":
+        return f"missing key `{key}`"
+    message = item["msg"].removeprefix("Value error, ")
+    where = f"`{key}`: " if key else ""
+    return f"{where}{message}" + (f", got {item['input']!r}" if key and item["type"] != "value_error" else "")
+
+
+def _valid_keys(location: list[str]) -> list[str]:
+    section: type[BaseModel] = TrainConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

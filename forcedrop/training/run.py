@@ -1,0 +1,264 @@
+"""Training from a file to a model on disk: what ``forcedrop train`` and ``scripts/train.py`` call."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import forcedrop
+from forcedrop.graph import AtomicGraph, batch_graphs, pair_vectors
+from forcedrop.potential import DropoutRates, Potential, PotentialConfig
+from forcedrop.structures import Frame
+from forcedrop.training.calibrate import calibrate
+from forcedrop.training.checkpoint import TrainedModel, load_plain, save_atomically, save_model
+from forcedrop.training.config import ConfigError, TrainConfig
+from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
+from forcedrop.training.loop import Errors, Trainer, TrainingDiverged, TrainingInterrupted
+
+CHECKPOINT, MODEL, LOG = "last.pt", "model.pt", "log.csv"
+_COLUMNS = (
+    "stage", "epoch", "seconds", "learning_rate", "train_energy_meV", "train_forces_meV_A", "val_energy_meV",
+    "val_energy_meV_atom", "val_forces_meV_A", "val_stress_meV_A3", "val_loss", "val_z2",
+)  # fmt: skip
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
+    """Train, calibrate and save a model in ``config.output``.
+
+    The folder receives ``model.pt`` (the model), ``last.pt`` (to resume from), ``log.csv``, TensorBoard files and
+    ``split.json`` (which frame was used for what).
+
+    Args:
+        config: from ``load_config``.
+        resume: go on from ``last.pt`` to the numbers of an uninterrupted training; without it, start anew.
+
+    Raises:
+        ValueError: for data or settings that cannot be used, or a checkpoint of other settings.
+        TrainingDiverged: if the loss is not a number; the message names the frames.
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after a resumable checkpoint was written.
+    """
+    out = config.output
+    state = _load_checkpoint(config) if resume else None
+    if state is None and (out / CHECKPOINT).exists():
+        raise ConfigError(f"{out} holds a training already; go on with it (--resume) or choose another `output`")
+    out.mkdir(parents=True, exist_ok=True)
+    data = prepare_data(config)
+    _describe(data)
+    if state is not None and state["data_hash"] != content_hash(data.split.train):
+        raise ConfigError(f"the training data changed since {out / CHECKPOINT} was written")
+    dtype = {"float32": torch.float32, "float64": torch.float64}[config.precision]
+    device = torch.device(_pick_device(config.device))
+    graphs = build_graphs(data.split.train, config.model.cutoff, dtype, "neighbour lists")
+    validation = build_graphs(data.split.validation, config.model.cutoff, dtype, "validation lists")
+    potential = build_potential(config, data, graphs, device, dtype)
+    trainer = Trainer(potential, graphs, validation, config, data.energy_scale)
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+    _write_split(out, data)
+    _run_stages(trainer, config, content_hash(data.split.train), resume)
+    return _finish(trainer, config, data, graphs, dtype)
+
+
+def build_potential(
+    config: TrainConfig, data: Prepared, graphs: list[AtomicGraph], device: torch.device, dtype: torch.dtype
+) -> Potential:
+    """Return a network with random weights from the seed, norms and energy offsets measured on training data."""
+    shape = PotentialConfig(
+        elements=data.elements, dropout=DropoutRates(**config.dropout.model_dump()), **config.model.model_dump()
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        potential = Potential(shape, data.isolated, data.energy_scale).to(dtype)
+    generator = torch.Generator().manual_seed(config.seed)
+    pick = torch.randperm(len(graphs), generator=generator)[:64].tolist()
+    batch = batch_graphs([graphs[i] for i in pick])
+    potential.measure_norms(batch, pair_vectors(batch, 2 * shape.cutoff))
+    with torch.no_grad():
+        local = potential(pair_vectors(batch, 2 * shape.cutoff), potential.inputs(batch)).double()
+    already = local.new_zeros(batch.num_graphs).index_add(0, batch.batch, local)
+    frames = [data.split.train[i] for i in pick]
+    bias = residual_bias(frames, data.elements, data.isolated, already.numpy())
+    with torch.no_grad():
+        potential.species_bias[:, 0] = torch.as_tensor(bias / data.energy_scale, dtype=dtype)
+    return potential.to(device)
+
+
+def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
+    """Run what is left of both stages, with a progress bar, logs and checkpoints."""
+    out, start, before = config.output, time.monotonic(), trainer.progress.seconds
+    last_saved = start
+
+    def save() -> None:
+        trainer.progress.seconds = before + time.monotonic() - start
+        state = {"settings": _settings(config), "data_hash": data_hash, "trainer": trainer.state_dict()}
+        save_atomically(state, out / CHECKPOINT)
+
+    total = trainer.total_epochs * trainer.steps_per_epoch
+    bar = tqdm(total=total, initial=trainer.steps_done, unit="step", smoothing=0.05)
+    errors = Errors()
+    with bar, SummaryWriter(str(out / "tensorboard")) as board, _stop_signals() as stop:
+        if not resume:
+            save()
+        while trainer.progress.stage < 2:
+            stage = trainer.progress.stage
+            for graphs, batch in trainer.batches():
+                try:
+                    trainer.run_step(batch)
+                except TrainingDiverged as error:
+                    raise TrainingDiverged(_divergence(error, trainer, graphs, out)) from None
+                bar.update()
+                if time.monotonic() - last_saved > config.checkpoint_seconds:
+                    save()
+                    last_saved = time.monotonic()
+                if stop:
+                    save()
+                    raise TrainingInterrupted(f"stopped by {stop[0]}; go on with --resume ({out / CHECKPOINT})")
+            rate, seconds = trainer.learning_rate(), before + time.monotonic() - start
+            fitted, errors = trainer.training_errors(), trainer.validate()
+            epoch = trainer.progress.epoch
+            row = _row(stage, epoch, seconds, rate, fitted, errors)
+            trainer.progress.history.append(row)
+            _log(out, board, trainer.progress.history, epoch + stage * config.stage_one.epochs)
+            bar.set_postfix_str(_postfix(stage, fitted, errors))
+            if trainer.finish_epoch(errors):
+                save()
+                bar.n = trainer.steps_done  # a stage that stopped early leaves steps out
+
+
+def _finish(
+    trainer: Trainer, config: TrainConfig, data: Prepared, graphs: list[AtomicGraph], dtype: torch.dtype
+) -> TrainedModel:
+    """Calibrate the best weights and write the model."""
+    potential = trainer.potential.eval()
+    model = TrainedModel(
+        potential=potential,
+        bank_seed=config.stage_two.bank_seed,
+        provenance={
+            "forcedrop": forcedrop.__version__,
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "settings": _settings(config),
+            "training_set": {"hash": content_hash(data.split.train), **ranges(data.split.train, graphs, data.elements)},
+            "isolated_energies": {"origin": data.isolated_origin},
+            "training_seconds": trainer.progress.seconds,
+            "last_epoch": dict(trainer.progress.history[-1]),
+        },
+    )
+    if config.stage_two.epochs:
+        held = build_graphs(data.split.calibration, config.model.cutoff, dtype, "calibration lists")
+        model.calibration = calibrate(model, held, config.stage_two.bank, config.eval_batch_size)
+    save_model(model, config.output / MODEL)
+    return model
+
+
+def _settings(config: TrainConfig) -> str:
+    return config.model_dump_json(exclude={"output", "device", "checkpoint_seconds"})
+
+
+def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
+    path = config.output / CHECKPOINT
+    if not path.exists():
+        return None
+    state = load_plain(path)
+    if state["settings"] != _settings(config):
+        old, new = json.loads(state["settings"]), json.loads(_settings(config))
+        differ = [key for key in new if old.get(key) != new[key]]
+        raise ConfigError(f"{path} was made with other settings; these differ: {', '.join(differ)}")
+    return state
+
+
+def _pick_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"`device` is {name} but torch sees no GPU")
+    return name
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Collect Ctrl-C and SIGTERM instead of dying from them, so that the step that runs can end."""
+    caught: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number).name)
+
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            old[number] = signal.signal(number, note)
+        except ValueError:  # not in the main thread: signals are somebody else's
+            break
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _divergence(error: Exception, trainer: Trainer, graphs: list[AtomicGraph], out: Path) -> str:
+    sources = ", ".join(str(g.source) for g in graphs)
+    where = f"stage {trainer.progress.stage + 1}, epoch {trainer.progress.epoch + 1}, step {trainer.progress.step + 1}"
+    return f"{error} at {where}, in a batch of {sources}. The last good checkpoint is {out / CHECKPOINT}"
+
+
+def _row(
+    stage: int, epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors
+) -> dict[str, float]:
+    values = (
+        stage + 1, epoch + 1, round(seconds, 2), rate, fitted.energy, fitted.forces, errors.energy,
+        errors.energy_per_atom, errors.forces, errors.stress, errors.loss, errors.z2,
+    )  # fmt: skip
+    return dict(zip(_COLUMNS, values, strict=True))
+
+
+def _log(out: Path, board: SummaryWriter, history: list[dict[str, float]], epoch: int) -> None:
+    """Write the whole history, so that a resumed training leaves no double rows."""
+    with (out / LOG).open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(history)
+    for name in _COLUMNS[3:]:
+        board.add_scalar(name, history[-1][name], epoch)
+
+
+def _postfix(stage: int, fitted: Errors, errors: Errors) -> str:
+    text = (
+        f"{'plain' if stage == 0 else 'dropout'} | train F {fitted.forces:.1f} meV/Å, E {fitted.energy:.1f} meV"
+        f" | val F {errors.forces:.1f}, E {errors.energy:.1f} ({errors.energy_per_atom:.2f}/atom)"
+    )
+    return text + (f" | z² {errors.z2:.2f}" if stage else "")
+
+
+def _describe(data: Prepared) -> None:
+    split = data.split
+    for problem in data.problems:
+        tqdm.write(f"skipped: {problem}")
+    tqdm.write(
+        f"{len(split.train)} frames to train on, {len(split.validation)} to validate, {len(split.calibration)} to "
+        f"calibrate; force RMS {data.energy_scale:.3f} eV/Å; isolated-atom energies: {data.isolated_origin}"
+    )
+
+
+def _write_split(out: Path, data: Prepared) -> None:
+    def sources(frames: list[Frame]) -> list[str]:
+        return [frame.source for frame in frames]
+
+    split = data.split
+    names = {"train": split.train, "validation": split.validation, "calibration": split.calibration}
+    text = json.dumps({name: sources(frames) for name, frames in names.items()}, indent=1)
+    (out / "split.json").write_text(text, encoding="utf-8")
