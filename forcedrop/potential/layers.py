@@ -16,16 +16,15 @@ from forcedrop.potential.sphere import degree_index, quadrature, spherical_harmo
 
 
 class Linear(nn.Module):
-    """A linear map without bias whose weights are of order 1, divided by √fan-in on the way (one learning rate fits all)."""
+    """A linear map of the last axis without bias; weights start with variance ``gain``²/fan-in."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_in, n_out))
-        self.scale = 1.0 / math.sqrt(n_in)
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) * (gain / math.sqrt(n_in)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis."""
-        return x @ (self.weight * self.scale)
+        return x @ self.weight
 
 
 class TensorLinear(nn.Module):

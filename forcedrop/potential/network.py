@@ -141,10 +141,11 @@ class Potential(nn.Module):
         self.pairs = PairTensors(BesselBasis(config.n_radial, config.cutoff), config.l_max)
         last = config.n_layers - 1
         self.layers = nn.ModuleList(Layer(config, t == 0, t == last) for t in range(config.n_layers))
-        self.readouts = nn.ModuleList(Linear(c, 1) for _ in range(last))
+        # readouts start small: a random energy landscape is a worse start than a nearly flat one
+        self.readouts = nn.ModuleList(Linear(c, 1, gain=0.1) for _ in range(last))
         self.hidden = Linear(c, config.n_hidden)
         self.hidden_bias = nn.Parameter(torch.zeros(config.n_hidden))
-        self.output = Linear(config.n_hidden, 1)
+        self.output = Linear(config.n_hidden, 1, gain=0.1)
         self.species_bias = nn.Parameter(torch.zeros(n_species, 1))
         self.zbl = ZBLRepulsion(config.elements) if config.zbl else None
         isolated_energies = isolated_energies or {}

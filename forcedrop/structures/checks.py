@@ -48,7 +48,8 @@ def check_frames(
     """Return every problem of every frame: shapes, numbers, elements, cell, distances [Å], mixed units."""
     frames = list(frames)
     problems: list[Problem] = []
-    finder = NeighborList(cutoff=min_distance, full_list=False)
+    # a search radius of the order of a bond keeps the number of cells small
+    finder = NeighborList(cutoff=max(min_distance, 1.5), full_list=False, n_threads=1)
     for frame in frames:
         found = [*_shapes(frame)] or [*_numbers(frame), *_elements(frame, elements), *_cell(frame)]
         if not found:
@@ -104,7 +105,7 @@ def _cell(frame: Frame) -> Iterable[Problem]:
 def _distances(frame: Frame, finder: NeighborList, min_distance: float) -> Iterable[Problem]:
     box = complete_cell(frame.cell, frame.pbc)
     i, j, d = finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="ijd")
-    if len(i):
+    if len(i) and d.min() < min_distance:
         k = int(np.argmin(d))
         yield Problem(
             frame.source, "pos", f"atoms {i[k]} and {j[k]} are {d[k]:.3f} Å apart, less than {min_distance} Å"

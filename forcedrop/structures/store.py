@@ -32,6 +32,7 @@ _PER_FRAME = {
     "has_energy": ((), "?"), "has_forces": ((), "?"), "has_stress": ((), "?"),
 }  # fmt: skip
 _OFFSETS = ("ptr", "text_ptr")
+_BLOCK = 1024
 
 
 class FrameStore:
@@ -89,15 +90,20 @@ class FrameStore:
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return [self._read(i) for i in range(*index.indices(len(self)))]
+            wanted = range(*index.indices(len(self)))
+            if not wanted:
+                return []
+            low, high = min(wanted), max(wanted) + 1
+            block = self._read(low, high)
+            return [block[i - low] for i in wanted]
         n = len(self)
         if not -n <= index < n:
             raise IndexError(f"{self.path} holds {n} frames, asked for frame {index}")
-        return self._read(index % n)
+        return self._read(index % n, index % n + 1)[0]
 
     def __iter__(self) -> Iterator[Frame]:
-        for index in range(len(self)):
-            yield self._read(index)
+        for low in range(0, len(self), _BLOCK):
+            yield from self._read(low, min(low + _BLOCK, len(self)))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -130,32 +136,38 @@ class FrameStore:
         self.close()
         _rebuild(self.path, frames, {**new, **have}, provenance)
 
-    def _read(self, i: int) -> Frame:
+    def _read(self, low: int, high: int) -> list[Frame]:
+        """Read the frames low … high − 1 with one access per data set."""
         file = self.file
-        first, last = file["ptr"][i : i + 2]
-        text_first, text_last = file["text_ptr"][i : i + 2]
-        text = json.loads(file["text"][text_first:text_last].tobytes().decode())
-        atoms = slice(int(first), int(last))
-        arrays = {}
-        for name, data in file["extra"].items():
-            values = data[atoms]
-            if values.dtype.kind != "f" or not np.isnan(values).all():
-                arrays[name] = values
-        info = dict(text["info"])
-        if text["source"] != "<memory>":
-            info.setdefault("source", text["source"])
-        return Frame(
-            z=file["z"][atoms].astype(np.int64),
-            pos=file["pos"][atoms],
-            cell=file["cell"][i],
-            pbc=file["pbc"][i],
-            energy=float(file["energy"][i]) if file["has_energy"][i] else None,
-            forces=file["forces"][atoms] if file["has_forces"][i] else None,
-            stress=file["stress"][i] if file["has_stress"][i] else None,
-            info=info,
-            arrays=arrays,
-            source=f"{self.path}#{i}",
-        )
+        ptr = file["ptr"][low : high + 1]
+        text_ptr = file["text_ptr"][low : high + 1]
+        atoms = slice(int(ptr[0]), int(ptr[-1]))
+        cuts = (ptr - ptr[0]).tolist()
+        columns: dict[str, Any] = {name: file[name][atoms] for name in _PER_ATOM}
+        columns |= {name: file[name][low:high] for name in _PER_FRAME}
+        extra = {name: data[atoms] for name, data in file["extra"].items()}
+        texts = file["text"][int(text_ptr[0]) : int(text_ptr[-1])].tobytes()
+        frames = []
+        for k in range(high - low):
+            mine = slice(cuts[k], cuts[k + 1])
+            text = json.loads(texts[text_ptr[k] - text_ptr[0] : text_ptr[k + 1] - text_ptr[0]])
+            origin = {} if text["source"] == "<memory>" else {"source": text["source"]}
+            arrays = {name: values[mine] for name, values in extra.items()}
+            frames.append(
+                Frame(
+                    z=columns["z"][mine].astype(np.int64),
+                    pos=columns["pos"][mine],
+                    cell=columns["cell"][k],
+                    pbc=columns["pbc"][k],
+                    energy=float(columns["energy"][k]) if columns["has_energy"][k] else None,
+                    forces=columns["forces"][mine] if columns["has_forces"][k] else None,
+                    stress=columns["stress"][k] if columns["has_stress"][k] else None,
+                    info={**origin, **text["info"]},
+                    arrays={name: v for name, v in arrays.items() if not np.isnan(v).all()},
+                    source=f"{self.path}#{low + k}",
+                )
+            )
+        return frames
 
     def content_hash(self) -> str:
         """Return the sha256 of all frames in order: geometry, labels, info and arrays; not of provenance or layout."""

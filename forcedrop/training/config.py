@@ -74,7 +74,7 @@ class OptimiserSection(_Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
     warmup_steps: int = Field(100, ge=0)
     clip_gradient: float = Field(10.0, gt=0, description="largest norm of the gradient")
-    ema_decay: float = Field(0.995, ge=0, lt=1, description="of the averaged weights, which are the ones kept")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the ones kept")
 
 
 class StageOneSection(_Section):

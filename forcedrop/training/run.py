@@ -160,7 +160,7 @@ def _finish(
     )
     if config.stage_two.epochs:
         held = build_graphs(data.split.calibration, config.model.cutoff, dtype, "calibration lists")
-        model.calibration = calibrate(model, held, config.stage_two.bank, config.eval_batch_size)
+        model.calibration = calibrate(model, held, config.stage_two.bank)
     save_model(model, config.output / MODEL)
     return model
 

@@ -1,0 +1,157 @@
+"""Errors and error bars of a model on labelled frames: what ``forcedrop evaluate`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from forcedrop.graph import NeighbourFinder, build_graph
+from forcedrop.metrics import UncertaintyReport, atom_norms, auroc, precision_at, rmse, uncertainty_report
+from forcedrop.sampling import FramePrediction, predict_graphs
+from forcedrop.structures import Frame, check_frames
+from forcedrop.structures.checks import BadFrames
+from forcedrop.training import TrainedModel
+
+WORST = 0.05
+"""The share of atoms that counts as badly predicted in AUROC and precision."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions against references, flat, with σ already calibrated where the model can.
+
+    Each array holds the entries of all frames that carry the label: ``error`` = mean − reference.
+
+    Attributes:
+        reference: by property: energy per atom [eV], forces [eV/Å] (components), stress [eV/Å³] (components).
+        error: same shapes.
+        sigma: same shapes.
+        frame: the frame each entry belongs to.
+        plain_rmse: of the plain (weight-scaled) network, by property.
+        n_frames: number of frames.
+        calibrated: whether σ is calibrated, or the raw spread.
+    """
+
+    reference: dict[str, np.ndarray]
+    error: dict[str, np.ndarray]
+    sigma: dict[str, np.ndarray]
+    frame: dict[str, np.ndarray]
+    plain_rmse: dict[str, float]
+    total_energy_rmse: float
+    n_frames: int
+    calibrated: bool
+
+    def reports(self) -> dict[str, UncertaintyReport]:
+        """Return the measures of each property."""
+        return {name: uncertainty_report(self.error[name], self.sigma[name], self.frame[name]) for name in self.error}
+
+    def detection(self) -> dict[str, float]:
+        """Return how well σ finds the worst atoms: AUROC and precision among as many, by the error of the force vector."""
+        if "forces" not in self.error:
+            return {}
+        error, sigma = atom_norms(self.error["forces"].reshape(-1, 3), self.sigma["forces"].reshape(-1, 3))
+        threshold = float(np.quantile(error, 1 - WORST))
+        bad = error > threshold
+        return {
+            "threshold": threshold,
+            "auroc": auroc(bad, sigma),
+            "precision": precision_at(bad, sigma, int(bad.sum())),
+            "share": WORST,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all numbers, plain, in eV and Å."""
+        return {
+            "frames": self.n_frames,
+            "calibrated": self.calibrated,
+            "total_energy_rmse": self.total_energy_rmse,
+            "plain_rmse": self.plain_rmse,
+            "detection": self.detection(),
+            **{name: report.as_dict() for name, report in self.reports().items()},
+        }
+
+
+def predict_frames(
+    model: TrainedModel, frames: Sequence[Frame], *, n_samples: int = 16, seed: int | None = None, what: str = "predict"
+) -> list[FramePrediction]:
+    """Return the prediction for each frame, with a progress bar named ``what``.
+
+    Raises:
+        BadFrames: if a frame cannot be computed, such as one with an element that the model does not know.
+    """
+    problems = check_frames(frames, elements=model.elements)
+    if problems:
+        raise BadFrames(problems)
+    finder = NeighbourFinder(model.potential.config.cutoff)
+    graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
+    seed = model.bank_seed if seed is None else seed
+    predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
+    return list(tqdm(predictions, total=len(frames), desc=what, unit="frame"))
+
+
+def evaluate(
+    model: TrainedModel, frames: Sequence[Frame], *, n_samples: int = 16, seed: int | None = None
+) -> Evaluation:
+    """Compare a model with labelled frames.
+
+    Raises:
+        BadFrames: if a frame cannot be computed.
+        ValueError: if no frame carries an energy, forces or a stress.
+    """
+    predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
+    scale = model.calibration.scale if model.calibration is not None else 1.0
+    columns: dict[str, list[list[np.ndarray]]] = {name: [[], [], [], [], []] for name in ("energy", "forces", "stress")}
+    totals = []
+    for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
+        for name, column in columns.items():
+            label = getattr(frame, name)
+            if label is None:
+                continue
+            per = len(frame) if name == "energy" else 1
+            reference = np.ravel(label) / per
+            values = (np.ravel(p.mean[name]) / per, np.ravel(p.std[name]) / per, np.ravel(p.plain[name]) / per)
+            row = (reference, values[0] - reference, scale * values[1], values[2] - reference)
+            for target, value in zip(column, (*row, np.full(reference.shape, index)), strict=True):
+                target.append(value)
+        if frame.energy is not None:
+            totals.append(float(p.mean["energy"]) - frame.energy)
+    joined = {name: [np.concatenate(c) for c in column] for name, column in columns.items() if column[0]}
+    if not joined:
+        raise ValueError("none of the frames carries an energy, forces or a stress to compare with")
+    return Evaluation(
+        reference={name: c[0] for name, c in joined.items()},
+        error={name: c[1] for name, c in joined.items()},
+        sigma={name: c[2] for name, c in joined.items()},
+        frame={name: c[4] for name, c in joined.items()},
+        plain_rmse={name: rmse(c[3]) for name, c in joined.items()},
+        total_energy_rmse=rmse(np.array(totals)) if totals else float("nan"),
+        n_frames=len(frames),
+        calibrated=model.calibration is not None,
+    )
+
+
+def with_uncertainties(frame: Frame, prediction: FramePrediction, scale: float | None) -> Frame:
+    """Return the frame with mean and σ beside its labels, in ``info`` and ``arrays`` where no writer drops them.
+
+    Names: ``forcedrop_energy``, ``energy_std``, ``energy_uncertainty`` … ; the uncertainties only with a calibration ``scale``.
+    """
+    info, arrays = dict(frame.info), dict(frame.arrays)
+    for name in ("energy", "energies", "forces", "stress"):
+        if name == "stress" and not (frame.pbc.any() and frame.volume > 0):
+            continue
+        target = arrays if name in ("energies", "forces") else info
+        values = {f"forcedrop_{name}": prediction.mean[name], f"{name}_std": prediction.std[name]}
+        if scale is not None:
+            values[f"{name}_uncertainty"] = scale * prediction.std[name]
+        target.update({k: float(v) if np.ndim(v) == 0 else np.array(v) for k, v in values.items()})
+    return Frame(**{**vars(frame), "info": info, "arrays": arrays})
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device by name, ``auto`` being the GPU if there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

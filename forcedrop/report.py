@@ -1,0 +1,205 @@
+"""Figures and tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from forcedrop.evaluation import Evaluation
+from forcedrop.metrics import calibration_curve
+
+_LABEL = {
+    "energy": ("energy", "eV/atom"),
+    "forces": ("force component", "eV/Å"),
+    "stress": ("stress component", "eV/Å³"),
+}
+_BLUE, _RED, _GREY = "#2c6fbb", "#c0392b", "#888888"
+_MOST_POINTS = 4000
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Save a figure, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def parity_figure(evaluation: Evaluation, title: str = "") -> Figure:
+    """Return predicted against reference with 1σ error bars, one panel a property."""
+    names = list(evaluation.error)
+    figure = Figure(figsize=(4.6 * len(names), 4.4), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        reference, error, sigma = (getattr(evaluation, what)[name] for what in ("reference", "error", "sigma"))
+        keep = _thin(len(reference))
+        shift = float(np.mean(reference)) if name == "energy" else 0.0
+        x, y = reference[keep] - shift, (reference + error)[keep] - shift
+        axes.errorbar(x, y, yerr=sigma[keep], fmt="o", ms=2, lw=0.6, color=_BLUE, ecolor="#9cc0e7", alpha=0.6)
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        axes.plot([low, high], [low, high], color=_GREY, lw=0.8, zorder=3)
+        what, unit = _LABEL[name]
+        relative = " − mean" if name == "energy" else ""
+        axes.set_xlabel(f"reference {what}{relative} [{unit}]")
+        axes.set_ylabel(f"predicted, ±1σ [{unit}]")
+        axes.set_title(f"RMSE {_milli(float(np.sqrt(np.mean(error**2))), unit)}", fontsize=10)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def sigma_figure(evaluation: Evaluation, title: str = "") -> Figure:
+    r"""Return \|error\| against σ with the honest band, and the calibration curve, one row a property."""
+    names = list(evaluation.error)
+    reports = evaluation.reports()
+    figure = Figure(figsize=(9.2, 4.0 * len(names)), layout="constrained")
+    for row, name in zip(np.atleast_2d(figure.subplots(len(names), 2)), names, strict=True):
+        error, sigma = evaluation.error[name], evaluation.sigma[name]
+        used = (sigma > 1e-12) & (np.abs(error) > 1e-12)
+        _error_against_sigma(row[0], np.abs(error[used]), sigma[used], name)
+        nominal, observed = calibration_curve(error[used], sigma[used])
+        row[1].plot([0, 1], [0, 1], color=_GREY, lw=0.8)
+        row[1].fill_between(nominal, nominal, observed, color="#9cc0e7", alpha=0.5)
+        row[1].plot(nominal, observed, color=_BLUE)
+        row[1].set_xlabel("expected share inside the interval")
+        row[1].set_ylabel("observed share")
+        report = reports[name]
+        row[1].set_title(
+            f"{_LABEL[name][0]}: z² = {report.z2:.2f}, area = {report.miscalibration_area:.3f}", fontsize=10
+        )
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _error_against_sigma(axes: Axes, error: np.ndarray, sigma: np.ndarray, name: str) -> None:
+    """Draw the points, the band that holds 90 % of honest Gaussian errors, and the binned root mean square."""
+    keep = _thin(len(error))
+    axes.plot(sigma[keep], error[keep], "o", ms=1.6, color=_BLUE, alpha=0.25, rasterized=True)
+    line = np.array([sigma.min(), sigma.max()])
+    axes.fill_between(line, 0.0627 * line, 1.96 * line, color=_GREY, alpha=0.2, label="90 % of honest errors")
+    order = np.array_split(np.argsort(sigma), min(12, max(len(sigma) // 10, 1)))
+    centre = [float(np.sqrt(np.mean(sigma[part] ** 2))) for part in order]
+    spread = [float(np.sqrt(np.mean(error[part] ** 2))) for part in order]
+    axes.plot(centre, spread, "s-", color=_RED, ms=4, lw=1, label="RMSE in bins of σ")
+    axes.plot(line, line, color=_GREY, lw=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(error.min(), sigma.min() * 1e-2))
+    what, unit = _LABEL[name]
+    axes.set_xlabel(f"σ of {what} [{unit}]")
+    axes.set_ylabel(f"|error| [{unit}]")
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def training_figure(log: str | Path) -> Figure:
+    """Return the errors along a training from its ``log.csv``."""
+    with Path(log).open(encoding="utf-8") as stream:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    minutes = np.array([row["seconds"] for row in rows]) / 60
+    second = [row["stage"] == 2 for row in rows]
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    for axes, name, unit in zip(figure.subplots(1, 2), ("forces_meV_A", "energy_meV"), ("meV/Å", "meV"), strict=True):
+        axes.plot(minutes, [row[f"train_{name}"] for row in rows], color=_GREY, lw=1, label="training")
+        axes.plot(minutes, [row[f"val_{name}"] for row in rows], color=_BLUE, label="validation")
+        if any(second):
+            axes.axvline(minutes[second.index(True)], color=_RED, lw=0.8, ls="--", label="dropout stage")
+        axes.set_yscale("log")
+        axes.set_xlabel("time [min]")
+        axes.set_ylabel(f"RMSE of {'forces' if 'forces' in name else 'energy'} [{unit}]")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def md_figure(rows: Sequence[dict[str, float]], flagged: Sequence[float] = (), threshold: float | None = None) -> Figure:
+    """Return energy, temperature and σ along a run; ``rows`` as ``forcedrop.md`` writes them, ``flagged`` times [fs]."""
+    time = np.array([row["time_fs"] for row in rows]) / 1000
+    column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    panels = 4 if "pressure_GPa" in column else 3
+    figure = Figure(figsize=(8.4, 2.1 * panels), layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=True)
+    potential = column["potential_eV"] - column["potential_eV"][0]
+    band = column["energy_sigma_eV"]
+    axes[0].fill_between(time, potential - band, potential + band, color="#9cc0e7", label="potential ±1σ")
+    axes[0].plot(time, potential, color=_BLUE, lw=1)
+    axes[0].plot(time, column["total_eV"] - column["total_eV"][0], color="black", lw=1, label="total")
+    axes[0].set_ylabel("energy − start [eV]")
+    axes[0].legend(fontsize=8, ncols=2)
+    axes[1].plot(time, column["temperature_K"], color=_RED, lw=1)
+    axes[1].set_ylabel("temperature [K]")
+    axes[2].plot(time, column["max_force_sigma_eV_A"], color=_BLUE, lw=1, label="largest atomic force σ")
+    axes[2].plot(time, column["mean_force_sigma_eV_A"], color=_GREY, lw=1, label="mean atomic force σ")
+    if threshold is not None:
+        axes[2].axhline(threshold, color=_RED, lw=0.8, ls="--", label="threshold")
+    for moment in flagged:
+        axes[2].axvline(moment / 1000, color=_RED, lw=0.4, alpha=0.5)
+    axes[2].set_ylabel("force σ [eV/Å]")
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend(fontsize=8, ncols=3)
+    if panels == 4:
+        pressure, band = column["pressure_GPa"], column["pressure_sigma_GPa"]
+        axes[3].fill_between(time, pressure - band, pressure + band, color="#9cc0e7")
+        axes[3].plot(time, pressure, color=_BLUE, lw=1)
+        axes[3].set_ylabel("pressure ±1σ [GPa]")
+    axes[-1].set_xlabel("time [ps]")
+    return figure
+
+
+def flag_figure(values: np.ndarray, threshold: float, criterion: str, unit: str) -> Figure:
+    """Return σ of every frame in order with the threshold and the frames above it."""
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    index, above = np.arange(len(values)), values > threshold
+    axes.plot(index[~above], values[~above], "o", ms=3, color=_BLUE, label="below")
+    axes.plot(index[above], values[above], "o", ms=3, color=_RED, label=f"flagged: {int(above.sum())} of {len(values)}")
+    axes.axhline(threshold, color=_RED, lw=0.8, ls="--")
+    axes.set_xlabel("frame")
+    axes.set_ylabel(f"{criterion} σ [{unit}]")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """Return the errors and the honesty of σ as a text table, with a sentence on each property."""
+    head = ["", "RMSE", "MAE", "plain RMSE", "σ (rms)", "z²", "95 % of z²", "area", "RLL %", "Spearman (ceiling)"]
+    reports = evaluation.reports()
+    rows = [head]
+    for name, r in reports.items():
+        milli = [f"{1e3 * value:.2f}" for value in (r.rmse, r.mae, evaluation.plain_rmse[name], r.sigma_rms)]
+        interval = f"{r.z2_interval[0]:.2f} … {r.z2_interval[1]:.2f}"
+        shape = [f"{r.z2:.2f}", interval, f"{r.miscalibration_area:.3f}", f"{r.rll:.0f}"]
+        what, unit = _LABEL[name]
+        rows.append([f"{what} [m{unit}]", *milli, *shape, f"{r.spearman:.2f} ({r.spearman_ceiling:.2f})"])
+    lines = format_table(rows)
+    kind = "calibrated σ" if evaluation.calibrated else "raw spread, not calibrated"
+    lines.append(f"{evaluation.n_frames} frames, {kind}; total energy RMSE {1e3 * evaluation.total_energy_rmse:.2f} meV")
+    if found := evaluation.detection():
+        lines.append(
+            f"worst {100 * found['share']:.0f} % of atoms (force error above {1e3 * found['threshold']:.0f} meV/Å): "
+            f"AUROC {found['auroc']:.3f}, precision {found['precision']:.2f}"
+        )
+    lines += [f"{_LABEL[name][0]}: {report.sentence()}" for name, report in reports.items()]
+    return "\n".join(lines)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: first column to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _thin(n: int) -> np.ndarray:
+    """Return at most a few thousand indices, evenly spread: a plot of a million error bars helps nobody."""
+    return np.unique(np.linspace(0, n - 1, min(n, _MOST_POINTS)).astype(int))
+
+
+def _milli(value: float, unit: str) -> str:
+    return f"{1e3 * value:.1f} m{unit}"
