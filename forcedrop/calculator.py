@@ -20,6 +20,7 @@ from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel, load_model
 
 _VALUES = ("energy", "energies", "forces", "stress")
+_CELL = ("stress", "pressure")
 
 
 class DropoutCalculator(Calculator):
@@ -28,7 +29,8 @@ class DropoutCalculator(Calculator):
     ``results`` hold the means ``energy``, ``free_energy`` [eV], ``energies`` [eV], ``forces`` [eV/Å] and ``stress`` [eV/Å³] over
     the K samples; ``X_std``, their raw standard deviation (ddof 1); ``X_uncertainty``, the calibrated standard deviation
     expected against the reference method, for a model that carries a calibration; and with ``keep_samples`` ``X_ensemble``,
-    sample axis first, calibrated about the mean. X is energy, energies, forces, stress.
+    sample axis first, calibrated about the mean. X is energy, energies, forces, stress; the pressure (−⅓ tr stress) has a
+    spread and an uncertainty too, those of the samples' pressures, for its components err together.
 
     The masks are fixed for the life of the calculator by (``seed``, ``n_samples``): every call is the same smooth function, so
     dynamics conserve energy and runs are reproducible.
@@ -55,6 +57,8 @@ class DropoutCalculator(Calculator):
         *_VALUES,
         "free_energy",
         *(f"{name}_{kind}" for name in _VALUES for kind in ("std", "uncertainty", "ensemble")),
+        "pressure_std",
+        "pressure_uncertainty",
     ]
     default_parameters: ClassVar[dict[str, Any]] = {}
     nolabel = True
@@ -119,16 +123,16 @@ class DropoutCalculator(Calculator):
         best = prediction.mean if prediction and self.uncertainty_every == 1 else derive(self.potential, batch)
         results.update(_single(best, ""))
         results["free_energy"] = results["energy"]
-        self.results = {k: v for k, v in results.items() if periodic or not k.startswith("stress")}
+        self.results = {k: v for k, v in results.items() if periodic or not k.startswith(_CELL)}
 
     def _spread(self, prediction: Prediction) -> dict[str, Any]:
         """Return the raw and the calibrated standard deviations, and the samples if they are to be kept."""
         results = _single(prediction.std, "_std")
+        results["pressure_std"] = float(prediction.samples.stress[:, 0, :3].mean(-1).std(correction=1))
         calibration = self.model.calibration
         if calibration is not None:
-            results |= {
-                f"{name}_uncertainty": calibration.scale * results[f"{name}_std"] for name in _VALUES
-            }
+            names = (*_VALUES, "pressure")
+            results |= {f"{name}_uncertainty": calibration.scale * results[f"{name}_std"] for name in names}
         if self.keep_samples:
             scale = calibration.scale if calibration is not None else 1.0
             for name in _VALUES:
@@ -151,7 +155,7 @@ class DropoutCalculator(Calculator):
 
     def _refuse(self, properties: Sequence[str], periodic: bool) -> None:
         for name in properties:
-            if name.startswith("stress") and not periodic:
+            if name.startswith(_CELL) and not periodic:
                 raise PropertyNotImplementedError("stress needs a periodic structure with a cell")
             if name.endswith("_uncertainty") and self.model.calibration is None:
                 raise PropertyNotImplementedError(

@@ -95,15 +95,28 @@ def predict_frames(
 
 
 def evaluate(
-    model: TrainedModel, frames: Sequence[Frame], *, n_samples: int = 16, seed: int | None = None
+    model: TrainedModel,
+    frames: Sequence[Frame],
+    *,
+    n_samples: int = 16,
+    seed: int | None = None,
+    predictions: Sequence[FramePrediction] | None = None,
 ) -> Evaluation:
     """Compare a model with labelled frames.
+
+    Args:
+        model: what to judge.
+        frames: structures with labels.
+        n_samples: K.
+        seed: of the masks; by default those the model was trained with.
+        predictions: from :func:`predict_frames` on these frames, where they exist already.
 
     Raises:
         BadFrames: if a frame cannot be computed.
         ValueError: if no frame carries an energy, forces or a stress.
     """
-    predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
+    if predictions is None:
+        predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
     scale = model.calibration.scale if model.calibration is not None else 1.0
     columns: dict[str, list[list[np.ndarray]]] = {name: [[], [], [], [], []] for name in ("energy", "forces", "stress")}
     totals = []

@@ -113,6 +113,24 @@ class MDRun:
     drift: Drift
     folder: Path
 
+    def summary(self) -> str:
+        """Return a few sentences for the terminal."""
+        last = self.rows[-1]
+        mean = float(np.mean([row["max_force_sigma_eV_A"] for row in self.rows]))
+        lines = [
+            f"{last['time_fs'] / 1000:.2f} ps; total energy drifts by {self.drift.mean:.3f} meV/atom/ps and fluctuates by "
+            f"{self.drift.fluctuation:.3f} meV/atom; largest atomic force σ {mean:.3f} eV/Å on average"
+        ]
+        if self.threshold is not None:
+            lines.append(
+                f"{len(self.flagged)} of {len(self.rows)} recorded steps are flagged (σ above {self.threshold:.3f} eV/Å)"
+            )
+        if "pressure_GPa" in last:
+            pressure = [row["pressure_GPa"] for row in self.rows]
+            sigma = float(np.sqrt(np.mean([row["pressure_sigma_GPa"] ** 2 for row in self.rows])))
+            lines.append(f"pressure {np.mean(pressure):.2f} GPa on average, model σ {sigma:.2f} GPa")
+        return "\n".join([*lines, f"files are in {self.folder}"])
+
 
 def run_md(
     atoms: Atoms,

@@ -140,7 +140,9 @@ def precision_at(positive: np.ndarray, score: np.ndarray, k: int) -> float:
 
 
 def spearman(error: np.ndarray, sigma: np.ndarray) -> float:
-    r"""Return the rank correlation of \|error\| with σ."""
+    r"""Return the rank correlation of \|error\| with σ; nan if one of them is constant."""
+    if np.ptp(np.abs(error)) == 0 or np.ptp(sigma) == 0:
+        return float("nan")
     return float(np.corrcoef(rankdata(np.abs(error)), rankdata(sigma))[0, 1])
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import html
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ase.data import chemical_symbols
+from ase.symbols import Symbols
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from forcedrop.active import UNITS, Flags
 from forcedrop.evaluation import Evaluation
 from forcedrop.metrics import calibration_curve
+from forcedrop.structures import Frame
+from forcedrop.training import TrainedModel
 
 _LABEL = {
     "energy": ("energy", "eV/atom"),
@@ -185,6 +193,115 @@ def evaluation_table(evaluation: Evaluation) -> str:
         )
     lines += [f"{_LABEL[name][0]}: {report.sentence()}" for name, report in reports.items()]
     return "\n".join(lines)
+
+
+def ranking_csv(flags: Flags, path: str | Path) -> Path:
+    """Write all frames, most uncertain first, with every criterion, and whether they are flagged."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        names = [f"sigma_{name}" for name in UNITS]
+        writer.writerow(["rank", "frame", "source", *names, "flagged"])
+        for rank, index in enumerate(flags.ranking):
+            frame = flags.frames[index]
+            values = [f"{frame.info[name]:.6g}" for name in names]
+            flagged = int(flags.values[index] > flags.threshold)
+            writer.writerow([rank + 1, int(index), frame.info["origin"], *values, flagged])
+    return path
+
+
+def describe_model(model: TrainedModel) -> str:
+    """Return what a model knows: elements, shape, dropout sites, data, calibration."""
+    config, provenance = model.potential.config, model.provenance
+    n_weights = sum(p.numel() for p in model.potential.parameters())
+    data = provenance.get("training_set", {})
+    lines = [
+        f"forcedrop {provenance.get('forcedrop', '?')} model of {provenance.get('date', '?')}",
+        f"elements: {' '.join(chemical_symbols[z] for z in config.elements)}; cutoff {config.cutoff} Å",
+        f"network: {config.n_layers} layers, {config.n_channels} channels, l ≤ {config.l_max}, {n_weights} weights"
+        + (", ZBL repulsion" if config.zbl else ""),
+        "dropout sites: " + (", ".join(f"{s.name} p={s.rate:g}" for s in model.potential.sites) or "none"),
+        f"trained on {data.get('frames', '?')} frames, {data.get('atoms', '?')} atoms (sha256 {data.get('hash', '?')[:12]})",
+    ]
+    shortest = data.get("shortest_distance", {})
+    if shortest:
+        lines.append("shortest distances [Å]: " + ", ".join(f"{k} {v:.2f}" for k, v in shortest.items()))
+    last = provenance.get("last_epoch", {})
+    if last:
+        lines.append(
+            f"validation RMSE: forces {last['val_forces_meV_A']:.1f} meV/Å, energy {last['val_energy_meV_atom']:.2f} meV/atom"
+        )
+    if model.calibration is None:
+        lines.append("not calibrated")
+    else:
+        c = model.calibration
+        own = ", ".join(f"{name} {value:.2f}" for name, value in c.scales.items())
+        lines.append(
+            f"calibration: σ = {c.scale:.3f} × spread of {c.n_samples} samples, on {c.n_frames} frames; on their own: {own}"
+        )
+        for name, unit in UNITS.items():
+            median, high = c.threshold(name, 0.5), c.threshold(name, 0.95)
+            lines.append(f"  {name} σ there: median {median:.4g}, 95 % below {high:.4g} {unit}")
+    return "\n".join(lines)
+
+
+def describe_frames(frames: Sequence[Frame]) -> str:
+    """Return how many frames of what, with which labels, in which ranges."""
+    sizes = [len(f) for f in frames]
+    formulas = Counter(symbols_formula(f) for f in frames)
+    labelled = {name: sum(getattr(f, name) is not None for f in frames) for name in ("energy", "forces", "stress")}
+    periodic = sum(bool(f.pbc.any()) for f in frames)
+    common = ", ".join(f"{formula} ({count})" for formula, count in formulas.most_common(6))
+    lines = [
+        f"{len(frames)} frames of {min(sizes)} to {max(sizes)} atoms, {periodic} periodic",
+        f"compositions: {common}" + (f" and {len(formulas) - 6} more" if len(formulas) > 6 else ""),
+        "labels: " + ", ".join(f"{name} {count}" for name, count in labelled.items()),
+    ]
+    energies = [f.energy / len(f) for f in frames if f.energy is not None]
+    if energies:
+        lines.append(f"energy: {min(energies):.4f} … {max(energies):.4f} eV/atom")
+    forces = [f.forces.ravel() for f in frames if f.forces is not None]
+    if forces:
+        every = np.concatenate(forces)
+        lines.append(f"forces: RMS {np.sqrt(np.mean(every**2)):.4f}, largest component {np.abs(every).max():.3f} eV/Å")
+    return "\n".join(lines)
+
+
+def symbols_formula(frame: Frame) -> str:
+    """Return the chemical formula in Hill order."""
+    return str(Symbols(frame.z).get_chemical_formula())
+
+
+def results_page(path: str | Path, title: str, sections: Sequence[tuple[str, str, Sequence[Path]]]) -> Path:
+    """Write one HTML file that needs nothing else: each section has a heading, a text and pictures, embedded."""
+    parts = []
+    for heading, text, pictures in sections:
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        for paragraph in text.split("\n\n"):
+            plain = paragraph.startswith(" ") or "  " in paragraph
+            tag = "pre" if plain else "p"
+            parts.append(f"<{tag}>{html.escape(paragraph)}</{tag}>")
+        for picture in pictures:
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">')
+    page = _PAGE.format(title=html.escape(title), body="\n".join(parts))
+    path = Path(path)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+pre {{ background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: 13px; line-height: 1.4; }}
+img {{ max-width: 100%; display: block; margin: 1rem auto; }}
+h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ every sum over components is one large matrix product.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +97,17 @@ class SphereProducts(nn.Module):
         super().__init__()
         points, weights = quadrature(3 * l_max + l_out)
         basis = spherical_harmonics(points, max(l_max, l_out))
-        self.register_buffer("to_grid", basis[:, : (l_max + 1) ** 2].to(torch.get_default_dtype()), persistent=False)
         project = (basis[:, : (l_out + 1) ** 2] * weights[:, None]).T.contiguous()
-        self.register_buffer("from_grid", project.to(torch.get_default_dtype()), persistent=False)
+        self._exact = {"to_grid": basis[:, : (l_max + 1) ** 2].contiguous(), "from_grid": project}
+        for name, matrix in self._exact.items():
+            self.register_buffer(name, matrix.to(torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SphereProducts:
+        """Move or cast; after a cast to float64 the rule is exact again, not float32's rounding of it."""
+        super()._apply(fn, recurse)
+        for name, matrix in self._exact.items():
+            setattr(self, name, matrix.to(getattr(self, name)))
+        return self
 
     def forward(self, fields: Tensor) -> tuple[Tensor, Tensor]:
         """Return products of two and of three fields, each (S_out, N, C), from three fields (S, N, 3C)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import sqlite3
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +121,12 @@ def _read(path: Path, keys: LabelKeys, energy: float, length: float) -> list[Fra
     if suffix in (".h5", ".hdf5"):
         with FrameStore(path) as store:
             return list(store)
-    if suffix == ".npz":
-        return read_npz(path, None if energy == 1.0 else energy, None if length == 1.0 else length)
     reader = {".db": _read_ase_db, ".json": _read_json}.get(suffix, _read_ase)
     try:
+        if suffix == ".npz":
+            return read_npz(path, None if energy == 1.0 else energy, None if length == 1.0 else length)
         frames = reader(path, keys)
-    except (ValueError, KeyError, OSError, IndexError, StopIteration, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, OSError, IndexError, StopIteration, sqlite3.Error, zipfile.BadZipFile) as error:
         message = str(error) if str(path) in str(error) else f"cannot read {path}: {type(error).__name__}: {error}"
         raise ValueError(message) from error
     return [_convert(f, energy, length) for f in frames] if (energy, length) != (1.0, 1.0) else frames

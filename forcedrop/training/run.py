@@ -166,7 +166,9 @@ def _finish(
 
 
 def _settings(config: TrainConfig) -> str:
-    return config.model_dump_json(exclude={"output", "device", "checkpoint_seconds"})
+    """Return what must not change between a training and its resumption; of the data, the hash says more than the path."""
+    files = {"train", "validation", "isolated_atoms"}
+    return config.model_dump_json(exclude={"output": True, "device": True, "checkpoint_seconds": True, "data": files})
 
 
 def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:

@@ -1,0 +1,5 @@
+"""``python -m forcedrop``."""
+
+from forcedrop.cli import main
+
+main()

@@ -1,0 +1,110 @@
+"""Which structures does the model not know? Ranking frames by σ and flagging those above a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forcedrop.calibration import CRITERIA, Calibration, frame_criteria
+from forcedrop.evaluation import predict_frames, with_uncertainties
+from forcedrop.structures import Frame
+from forcedrop.training import TrainedModel
+
+UNITS = {"max_force": "eV/Å", "mean_force": "eV/Å", "energy_per_atom": "eV"}
+"""Unit of each criterion."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Frames judged by one criterion.
+
+    Attributes:
+        criterion: one of ``forcedrop.calibration.CRITERIA``.
+        threshold: σ above which a frame is flagged.
+        values: σ of every frame, in the order of the frames.
+        ranking: indices of all frames, most uncertain first.
+        frames: every frame with predictions and σ in ``info`` and ``arrays``, in the order given.
+    """
+
+    criterion: str
+    threshold: float
+    values: np.ndarray
+    ranking: np.ndarray
+    frames: list[Frame]
+
+    @property
+    def flagged(self) -> list[Frame]:
+        """The frames above the threshold, most uncertain first."""
+        return [self.frames[i] for i in self.ranking if self.values[i] > self.threshold]
+
+    def summary(self) -> str:
+        """Return a sentence."""
+        unit = UNITS[self.criterion]
+        return (
+            f"{len(self.flagged)} of {len(self.frames)} frames have a {self.criterion} σ above {self.threshold:.4g} {unit}; "
+            f"median {np.median(self.values):.4g}, largest {self.values.max():.4g} {unit}"
+        )
+
+
+def flag(
+    model: TrainedModel,
+    frames: Sequence[Frame],
+    *,
+    criterion: str = "max_force",
+    threshold: float | None = None,
+    quantile: float | None = None,
+    n_samples: int = 16,
+    seed: int | None = None,
+) -> Flags:
+    """Predict all frames, rank them by σ, and flag those above a threshold.
+
+    Args:
+        model: with a calibration; without one the raw spread is used and a ``threshold`` must be given.
+        frames: structures; labels are kept but not looked at.
+        criterion: ``max_force`` (largest atomic force σ, the norm of the vector of component σ [eV/Å]), ``mean_force``
+            [eV/Å] or ``energy_per_atom`` [eV].
+        threshold: σ in the criterion's unit.
+        quantile: instead, the σ below which this share of the calibration frames lies; 0.95 if neither is given.
+        n_samples: K.
+        seed: of the masks; by default those the model was trained with.
+
+    Raises:
+        ValueError: for an unknown criterion, both a threshold and a quantile, or a quantile without a calibration.
+        BadFrames: if a frame cannot be computed.
+    """
+    limit = resolve_threshold(model.calibration, criterion, threshold, quantile)
+    predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="flag")
+    scale = model.calibration.scale if model.calibration is not None else None
+    values = np.empty(len(frames))
+    judged = []
+    for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
+        factor = 1.0 if scale is None else scale
+        criteria = frame_criteria(factor * p.std["forces"], factor * float(p.std["energy"]))
+        values[index] = criteria[criterion]
+        noted = with_uncertainties(frame, p, scale)
+        info = {**noted.info, **{f"sigma_{name}": value for name, value in criteria.items()}, "origin": frame.source}
+        judged.append(Frame(**{**vars(noted), "info": info}))
+    return Flags(criterion, limit, values, np.argsort(-values, kind="stable"), judged)
+
+
+def resolve_threshold(
+    calibration: Calibration | None, criterion: str, threshold: float | None, quantile: float | None
+) -> float:
+    """Return the absolute threshold that was meant.
+
+    Raises:
+        ValueError: see :func:`flag`.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
+    if threshold is not None and quantile is not None:
+        raise ValueError("give a threshold or a quantile, not both")
+    if threshold is not None:
+        if not threshold >= 0:
+            raise ValueError(f"the threshold must not be negative, got {threshold}")
+        return threshold
+    if calibration is None:
+        raise ValueError("a quantile needs a calibrated model; give an absolute threshold")
+    return calibration.threshold(criterion, 0.95 if quantile is None else quantile)

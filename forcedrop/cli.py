@@ -1,0 +1,277 @@
+"""The ``forcedrop`` command: thin doors onto the functions of the library. ``scripts/`` call the same."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+app = typer.Typer(
+    help="Force fields that know when they are wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Ensemble(StrEnum):
+    """What dynamics keeps constant."""
+
+    nve = "nve"
+    nvt = "nvt"
+    npt = "npt"
+
+
+class Criterion(StrEnum):
+    """What frames are ranked by."""
+
+    max_force = "max_force"
+    mean_force = "mean_force"
+    energy_per_atom = "energy_per_atom"
+
+
+Model = Annotated[Path, typer.Argument(help="model file, such as runs/ethanol/model.pt", show_default=False)]
+Files = Annotated[list[Path], typer.Argument(help="xyz, traj, db, json, npz or h5 files", show_default=False)]
+Samples = Annotated[int, typer.Option(help="number K of Monte-Carlo samples", min=2)]
+Seed = Annotated[int | None, typer.Option(help="seed of the masks; by default the model's own")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="drop and list bad frames instead of stopping")]
+EnergyKey = Annotated[str | None, typer.Option(help="name of the energy in the files")]
+ForcesKey = Annotated[str | None, typer.Option(help="name of the forces in the files")]
+StressKey = Annotated[str | None, typer.Option(help="name of the stress in the files")]
+EnergyUnit = Annotated[str, typer.Option(help="of the files: eV, meV, kcal/mol, kJ/mol, Hartree")]
+LengthUnit = Annotated[str, typer.Option(help="of the files: Angstrom, Bohr, nm")]
+
+
+def _clear_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the errors that users cause into one clear message and exit status 1 (130 when interrupted)."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        from forcedrop.training import TrainingDiverged, TrainingInterrupted
+
+        try:
+            command(*args, **kwargs)
+        except (TrainingInterrupted, KeyboardInterrupt) as error:
+            typer.echo(f"\n{error or 'interrupted'}", err=True)
+            raise typer.Exit(130) from None
+        except (ValueError, TrainingDiverged, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+@app.command()
+@_clear_errors
+def train(
+    config: Annotated[Path, typer.Argument(help="training file (YAML)", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+) -> None:
+    """Train and calibrate a model as a YAML file says."""
+    from forcedrop.report import save_figure, training_figure
+    from forcedrop.training import load_config
+    from forcedrop.training import train as train_model
+
+    settings = load_config(config)
+    model = train_model(settings, resume=resume)
+    save_figure(training_figure(settings.output / "log.csv"), settings.output / "training.png")
+    last = model.provenance["last_epoch"]
+    typer.echo(
+        f"{settings.output / 'model.pt'}: validation RMSE {last['val_forces_meV_A']:.1f} meV/Å, "
+        f"{last['val_energy_meV_atom']:.2f} meV/atom"
+        + (f"; σ = {model.calibration.scale:.2f} × spread" if model.calibration else "; no error bars were trained")
+    )
+
+
+@app.command()
+@_clear_errors
+def evaluate(
+    model: Model,
+    files: Files,
+    output: Annotated[Path | None, typer.Option(help="folder for evaluation.json, parity.png, sigma.png")] = None,
+    write: Annotated[Path | None, typer.Option(help="also write the frames with σ, as .xyz or .h5")] = None,
+    samples: Samples = 16,
+    seed: Seed = None,
+    device: Device = "auto",
+    skip_bad: SkipBad = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    energy_unit: EnergyUnit = "eV",
+    length_unit: LengthUnit = "Angstrom",
+) -> None:
+    """Compare a model with labelled frames: errors, honesty of σ, plots."""
+    from forcedrop.evaluation import evaluate as evaluate_frames
+    from forcedrop.evaluation import predict_frames, with_uncertainties
+    from forcedrop.report import evaluation_table, parity_figure, save_figure, sigma_figure
+    from forcedrop.structures import write_frames
+
+    loaded = _load(model, device)
+    keys = (energy_key, forces_key, stress_key)
+    frames = _read(files, loaded, keys, energy_unit, length_unit, skip_bad)
+    predictions = predict_frames(loaded, frames, n_samples=samples, seed=seed, what="evaluate")
+    result = evaluate_frames(loaded, frames, predictions=predictions)
+    typer.echo(evaluation_table(result))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
+        title = ", ".join(path.name for path in files)
+        save_figure(parity_figure(result, title), output / "parity.png")
+        save_figure(sigma_figure(result, title), output / "sigma.png")
+        typer.echo(f"wrote {output / 'evaluation.json'}, parity.png, sigma.png")
+    if write is not None:
+        scale = loaded.calibration.scale if loaded.calibration else None
+        pairs = zip(frames, predictions, strict=True)
+        write_frames(write, [with_uncertainties(frame, prediction, scale) for frame, prediction in pairs])
+        typer.echo(f"wrote {write}")
+
+
+@app.command()
+@_clear_errors
+def md(
+    model: Model,
+    structure: Annotated[Path, typer.Argument(help="file with the start structure", show_default=False)],
+    output: Annotated[Path, typer.Option(help="folder for md.csv, md.traj, md.h5, md.json, md.png")] = Path("md"),
+    ensemble: Annotated[Ensemble, typer.Option(help="constant energy, temperature, or pressure")] = Ensemble.nve,
+    temperature: Annotated[float, typer.Option(help="[K]", min=0)] = 300.0,
+    pressure: Annotated[float, typer.Option(help="[GPa], for npt")] = 0.0,
+    friction: Annotated[float, typer.Option(help="[1/fs], for nvt (Langevin)", min=0)] = 0.01,
+    steps: Annotated[int, typer.Option(help="number of steps", min=1)] = 2000,
+    timestep: Annotated[float, typer.Option(help="[fs]")] = 0.5,
+    index: Annotated[int, typer.Option(help="which frame of the file to start from")] = 0,
+    repeat: Annotated[tuple[int, int, int], typer.Option(help="repetitions of the cell along a, b, c")] = (1, 1, 1),
+    record_every: Annotated[int, typer.Option(help="steps between records", min=1)] = 10,
+    uncertainty_every: Annotated[int, typer.Option(help="1: forces are the mean of the samples at every step", min=1)] = 1,
+    threshold: Annotated[float | None, typer.Option(help="flag above this largest atomic force σ [eV/Å]")] = None,
+    quantile: Annotated[float | None, typer.Option(help="instead: this quantile of the calibration frames")] = None,
+    keep_velocities: Annotated[bool, typer.Option("--keep-velocities", help="use those in the file")] = False,
+    samples: Samples = 16,
+    seed: Annotated[int, typer.Option(help="of velocities and thermostat")] = 0,
+    mask_seed: Seed = None,
+    device: Device = "auto",
+) -> None:
+    """Run molecular dynamics with error bars and flag the moments that the model does not know."""
+    from forcedrop.active import resolve_threshold
+    from forcedrop.calculator import DropoutCalculator
+    from forcedrop.evaluation import device_of
+    from forcedrop.md import NPT, NVE, NVT, run_md
+    from forcedrop.report import md_figure, save_figure
+
+    loaded = _load(model, device)
+    frames = _read([structure], loaded, (None, None, None), "eV", "Angstrom", skip_bad=False)
+    if not -len(frames) <= index < len(frames):
+        raise ValueError(f"{structure} holds {len(frames)} frames, asked for frame {index}")
+    start = frames[index].to_atoms()
+    atoms = start.repeat(repeat) if repeat != (1, 1, 1) else start
+    limit = None
+    if threshold is not None or loaded.calibration is not None:
+        limit = resolve_threshold(loaded.calibration, "max_force", threshold, quantile)
+    kind: Any = {Ensemble.nve: NVE(), Ensemble.nvt: NVT(friction), Ensemble.npt: NPT(pressure)}[ensemble]
+    calculator = DropoutCalculator(loaded, samples, mask_seed, device_of(device), uncertainty_every=uncertainty_every)
+    run = run_md(
+        atoms, calculator, output, ensemble=kind, temperature=temperature, steps=steps, timestep=timestep,
+        record_every=record_every, seed=seed, threshold=limit, velocities=not keep_velocities,
+    )  # fmt: skip
+    save_figure(md_figure(run.rows, run.flagged, limit), output / "md.png")
+    typer.echo(run.summary())
+
+
+@app.command()
+@_clear_errors
+def flag(
+    model: Model,
+    files: Files,
+    output: Annotated[Path, typer.Option(help="where to write the flagged frames, .xyz or .h5")] = Path("flagged.xyz"),
+    ranking: Annotated[Path | None, typer.Option(help="also write a CSV of all frames, most uncertain first")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw σ of every frame")] = None,
+    criterion: Annotated[Criterion, typer.Option(help="what to rank by")] = Criterion.max_force,
+    threshold: Annotated[float | None, typer.Option(help="absolute σ [eV/Å, or eV per atom]")] = None,
+    quantile: Annotated[float | None, typer.Option(help="instead: quantile of the calibration frames [0.95]")] = None,
+    samples: Samples = 16,
+    seed: Seed = None,
+    device: Device = "auto",
+    skip_bad: SkipBad = False,
+) -> None:
+    """Rank the frames of any structure file or trajectory by σ and write those above a threshold."""
+    from forcedrop.active import UNITS
+    from forcedrop.active import flag as flag_frames
+    from forcedrop.report import flag_figure, ranking_csv, save_figure
+    from forcedrop.structures import write_frames
+
+    loaded = _load(model, device)
+    frames = _read(files, loaded, (None, None, None), "eV", "Angstrom", skip_bad)
+    flags = flag_frames(
+        loaded, frames, criterion=criterion.value, threshold=threshold, quantile=quantile, n_samples=samples, seed=seed
+    )
+    typer.echo(flags.summary())
+    if flags.flagged:
+        write_frames(output, flags.flagged)
+        typer.echo(f"wrote {len(flags.flagged)} frames to {output}")
+    if ranking is not None:
+        typer.echo(f"wrote {ranking_csv(flags, ranking)}")
+    if plot is not None:
+        figure = flag_figure(flags.values, flags.threshold, flags.criterion, UNITS[flags.criterion])
+        typer.echo(f"wrote {save_figure(figure, plot)}")
+
+
+@app.command()
+@_clear_errors
+def info(
+    path: Annotated[Path, typer.Argument(help="a model or any file of structures", show_default=False)],
+    skip_bad: SkipBad = False,
+) -> None:
+    """Say what is in a model file or a file of structures."""
+    from forcedrop.report import describe_frames, describe_model
+    from forcedrop.structures import read_checked
+    from forcedrop.training import load_model
+
+    if path.suffix == ".pt":
+        typer.echo(describe_model(load_model(path)))
+        return
+    frames, problems = read_checked([path], skip_bad=skip_bad)
+    _list_problems(problems)
+    typer.echo(describe_frames(frames))
+
+
+def _load(path: Path, device: str) -> Any:
+    from forcedrop.evaluation import device_of
+    from forcedrop.training import load_model
+
+    return load_model(path, device_of(device))
+
+
+def _read(
+    files: Sequence[Path],
+    model: Any,
+    keys: tuple[str | None, str | None, str | None],
+    energy_unit: str,
+    length_unit: str,
+    skip_bad: bool,
+) -> Any:
+    """Read frames that the model can compute, and list what was dropped."""
+    from forcedrop.structures import LabelKeys, read_checked
+
+    frames, problems = read_checked(
+        files, keys=LabelKeys(*keys), energy_unit=energy_unit, length_unit=length_unit, elements=model.elements,
+        skip_bad=skip_bad,
+    )  # fmt: skip
+    _list_problems(problems)
+    return frames
+
+
+def _list_problems(problems: Sequence[Any]) -> None:
+    for problem in problems:
+        typer.echo(f"skipped: {problem}", err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the given arguments, or those of the process."""
+    app(list(sys.argv[1:] if arguments is None else arguments), prog_name="forcedrop")

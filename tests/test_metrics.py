@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import uncertainty_toolbox as uct
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+from forcedrop import metrics
+
+
+@pytest.fixture
+def honest() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    sigma = np.exp(generator.normal(scale=0.7, size=4000))
+    return generator.normal(size=4000) * sigma, sigma
+
+
+def test_likelihood_scores_against_other_programs(honest) -> None:
+    error, sigma = honest
+    assert metrics.nll(error, sigma) == pytest.approx(-norm.logpdf(error, 0, sigma).mean(), rel=1e-12)
+    zero = np.zeros_like(error)
+    assert metrics.crps(error, sigma) == pytest.approx(uct.metrics.crps_gaussian(error, sigma, zero), rel=1e-9)
+    assert metrics.mean_z2(error, sigma) == pytest.approx(np.mean((error / sigma) ** 2))
+
+
+def test_area_against_uncertainty_toolbox(honest) -> None:
+    error, sigma = honest
+    for factor in (0.5, 1.0, 1.7):
+        theirs = uct.metrics_calibration.miscalibration_area(
+            error, factor * sigma, np.zeros_like(error), num_bins=101, vectorized=True, prop_type="interval"
+        )
+        assert metrics.miscalibration_area(error, factor * sigma) == pytest.approx(theirs, abs=2e-3)
+
+
+def test_area_of_a_known_factor() -> None:
+    """Errors whose σ is infinitely too large all lie inside every interval: the area is ½."""
+    error = np.random.default_rng(0).normal(size=1000)
+    assert metrics.miscalibration_area(error, np.full(1000, 1e9)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_rll_has_its_two_fixed_points(honest) -> None:
+    error, sigma = honest
+    assert metrics.relative_log_likelihood(error, np.abs(error)) == pytest.approx(100)
+    assert metrics.relative_log_likelihood(error, np.full_like(error, metrics.rmse(error))) == pytest.approx(0, abs=1e-9)
+    assert 0 < metrics.relative_log_likelihood(error, sigma) < 100
+    assert metrics.relative_log_likelihood(error, 0.1 * sigma) < 0
+
+
+def test_auroc_against_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    score = generator.integers(0, 20, size=500).astype(float)
+    positive = generator.random(500) < 0.1 + 0.02 * score
+    assert metrics.auroc(positive, score) == pytest.approx(roc_auc_score(positive, score))
+    assert np.isnan(metrics.auroc(np.ones(5, bool), np.arange(5.0)))
+
+
+def test_precision_at_k() -> None:
+    positive = np.array([True, False, True, False])
+    assert metrics.precision_at(positive, np.array([4.0, 3.0, 2.0, 1.0]), 2) == 0.5
+    assert metrics.precision_at(positive, np.array([4.0, 1.0, 3.0, 2.0]), 2) == 1.0
+
+
+def test_spearman_reaches_its_ceiling_when_honest(honest) -> None:
+    error, sigma = honest
+    assert metrics.spearman(error, sigma) == pytest.approx(metrics.spearman_ceiling(sigma), abs=0.04)
+    assert metrics.spearman(sigma, sigma) == pytest.approx(1)
+
+
+def test_ence_by_hand_and_by_size(honest) -> None:
+    error, sigma = honest
+    assert metrics.ence(error, sigma, bins=5) < 0.08
+    assert metrics.ence(error, 2 * sigma, bins=5) == pytest.approx(0.5, abs=0.05)
+
+
+def test_block_bootstrap_is_wider_when_entries_are_copies() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    copies, blocks = np.repeat(values, 40), np.repeat(np.arange(50), 40)
+    by_block = metrics.block_bootstrap(copies, blocks)
+    by_entry = metrics.block_bootstrap(copies, np.arange(2000))
+    expected = 2 * 1.96 * values.std() / np.sqrt(50)
+    assert by_block[1] - by_block[0] == pytest.approx(expected, rel=0.2)
+    assert by_block[1] - by_block[0] > 4 * (by_entry[1] - by_entry[0])
+
+
+def test_report_says_which_way_sigma_errs(honest) -> None:
+    error, sigma = honest
+    blocks = np.arange(len(error))
+    assert "honest" in metrics.uncertainty_report(error, sigma, blocks).sentence()
+    assert "too small by a factor 2.0" in metrics.uncertainty_report(error, sigma / 2, blocks).sentence()
+    assert "too large by a factor 2.98" in metrics.uncertainty_report(error, sigma * 3, blocks).sentence()
+
+
+def test_zero_by_symmetry_is_left_out_and_zero_sigma_refused() -> None:
+    error, sigma = np.array([0.0, 0.1, -0.1]), np.array([0.0, 0.1, 0.1])
+    assert metrics.uncertainty_report(error, sigma, np.arange(3)).n == 2
+    with pytest.raises(ValueError, match="sigma must be positive, 1 of 2"):
+        metrics.uncertainty_report(np.array([0.0, 0.1, 0.1]), np.array([0.0, 0.0, 0.1]), np.arange(3))
+    with pytest.raises(ValueError, match="finite"):
+        metrics.uncertainty_report(np.array([np.nan]), np.array([1.0]), np.arange(1))
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.uncertainty_report(np.zeros(2), np.zeros(3), np.arange(2))
+
+
+def test_atom_norms_are_those_of_vectors() -> None:
+    error, sigma = metrics.atom_norms(np.array([[3.0, 4, 0]]), np.array([[1.0, 2, 2]]))
+    assert (error[0], sigma[0]) == (5.0, 3.0)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from forcedrop.calibration import Calibration
+from forcedrop.derive import derive
+from forcedrop.training import TrainedModel, load_model, save_model
+from tests.conftest import batch_of, ethanol, make_potential
+
+
+def test_a_model_comes_back_the_same(tmp_path) -> None:
+    potential = make_potential(zbl=True)
+    calibration = Calibration(1.3, {"forces": 1.3}, 10, 16, {"max_force": [0.1, 0.2]})
+    model = TrainedModel(potential, calibration, 5, {"training_set": {"hash": "abc"}})
+    save_model(model, tmp_path / "model.pt")
+    loaded = load_model(tmp_path / "model.pt")
+    assert loaded.calibration == calibration
+    assert (loaded.bank_seed, loaded.provenance) == (5, model.provenance)
+    assert loaded.elements == (1, 6, 8, 14, 29)
+    batch = batch_of([ethanol()], 4.0)
+    for a, b in zip(derive(potential, batch), derive(loaded.potential, batch), strict=True):
+        assert torch.equal(a, b)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["units"]["energy"] == "eV"
+
+
+def test_what_is_no_model(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        load_model(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.pt is not a forcedrop model or checkpoint, or is damaged"):
+        load_model(tmp_path / "text.pt")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="is not a forcedrop model"):
+        load_model(tmp_path / "other.pt")
+    save_model(TrainedModel(make_potential()), tmp_path / "new.pt")
+    values = torch.load(tmp_path / "new.pt", weights_only=True)
+    torch.save({**values, "format": 99}, tmp_path / "new.pt")
+    with pytest.raises(ValueError, match="format 99.*please update"):
+        load_model(tmp_path / "new.pt")
+
+
+def test_no_code_is_run_on_loading(tmp_path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run!",))
+
+    torch.save({"format": 1, "config": Evil(), "weights": {}}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="not a forcedrop model"):
+        load_model(tmp_path / "evil.pt")

@@ -1,0 +1,54 @@
+import pytest
+
+from forcedrop.training import ConfigError, load_config, parse_config
+
+MINIMAL = {"output": "runs/x", "data": {"train": ["a.xyz"]}}
+
+
+def test_defaults() -> None:
+    config = parse_config(MINIMAL)
+    assert config.dropout.readout > 0
+    assert config.stage_two.bank == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage_on": {"epochs": 3}}, "unknown key `stage_on`; did you mean `stage_one`?"),
+        ({"stage_one": {"epoch": 3}}, "unknown key `stage_one.epoch`; did you mean `stage_one.epochs`?"),
+        ({"data": {"train": ["a"], "vaildation": ["b"]}}, "did you mean `data.validation`?"),
+        ({"model": {"cutoff": -1}}, r"`model.cutoff`: Input should be greater than 0, got -1"),
+        ({"stage_one": {"epochs": "many"}}, "`stage_one.epochs`: .*valid integer.*got 'many'"),
+        ({"dropout": {"update": 1.0}}, "`dropout.update`: .*less than 1"),
+        ({"data": {}}, "missing key `data.train`"),
+        ({"precision": "half"}, "`precision`: .*float32"),
+        ({"stage_two": {"samples": 20}}, "`samples` must not exceed `bank`, got 20 of 16"),
+        ({"dropout": {"edge": 0, "message": 0, "update": 0, "readout": 0}}, "nothing to sample"),
+    ],
+)
+def test_each_mistake_is_named(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**MINIMAL, **change})
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "sed": 1, "model": {"cutof": 5}})
+    assert "`seed`" in str(caught.value)
+    assert "`model.cutoff`" in str(caught.value)
+
+
+def test_files(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no such training file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold keys and values, got list"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "good.yaml").write_text("output: out\ndata: {train: [a.xyz], isolated_atoms: {H: -1.0}}")
+    config = load_config(tmp_path / "good.yaml")
+    assert config.output == tmp_path / "out"
+    assert config.data.train == [tmp_path / "a.xyz"]
+    assert config.data.isolated_atoms == {"H": -1.0}

@@ -1,0 +1,186 @@
+"""Training from files to a model: resuming, being killed, diverging, and what is left on disk."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from ase import Atoms
+
+from forcedrop.structures import BadFrames, Frame, write_frames
+from forcedrop.training import (
+    ConfigError,
+    TrainingDiverged,
+    TrainingInterrupted,
+    load_model,
+    parse_config,
+    train,
+)
+from forcedrop.training.loop import Trainer
+from tests.conftest import emt_frames, settings
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_model(path / "run" / "model.pt").potential.state_dict()
+
+
+def log(path: Path) -> list[dict[str, str]]:
+    with (path / "run" / "log.csv").open() as stream:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_frames(tmp_path / "train.h5", emt_frames(24))
+    return tmp_path
+
+
+def test_it_learns_and_says_what_it_did(trained_folder: Path) -> None:
+    rows = log(trained_folder)
+    assert [(r["stage"], r["epoch"]) for r in rows] == [("1", str(e + 1)) for e in range(15)] + [
+        ("2", str(e + 1)) for e in range(6)
+    ]
+    force_rms = 1e3 * np.sqrt(np.mean([f.forces**2 for f in emt_frames(40)]))
+    assert float(rows[-1]["val_forces_meV_A"]) < 0.3 * force_rms
+    assert float(rows[14]["val_stress_meV_A3"]) < float(rows[0]["val_stress_meV_A3"])
+    model = load_model(trained_folder / "run" / "model.pt")
+    assert model.calibration is not None
+    assert model.calibration.n_frames == 4
+    assert model.provenance["training_set"]["frames"] == 32
+    assert model.provenance["training_set"]["shortest_distance"]["Cu-Cu"] < 2.6
+    split = json.loads((trained_folder / "run" / "split.json").read_text())
+    assert sorted(len(v) for v in split.values()) == [4, 4, 32]
+    assert len(set(sum(split.values(), []))) == 40
+    assert list((trained_folder / "run" / "tensorboard").iterdir())
+
+
+class _StopAt:
+    """Raise a signal after so many steps, as a user would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+        run_step, count = Trainer.run_step, [0]
+
+        def counted(trainer: Trainer, batch: object) -> torch.Tensor:
+            count[0] += 1
+            if count[0] == step:
+                os.kill(os.getpid(), number)
+            return run_step(trainer, batch)
+
+        monkeypatch.setattr(Trainer, "run_step", counted)
+
+
+@pytest.mark.parametrize(("step", "number"), [(8, signal.SIGINT), (37, signal.SIGTERM)])
+def test_resume_gives_the_numbers_of_an_uninterrupted_training(
+    folder: Path, tmp_path_factory, monkeypatch, step: int, number: signal.Signals
+) -> None:
+    """Stopped within an epoch of stage one (step 8) and of stage two (step 37 of 5 x 9)."""
+    other = tmp_path_factory.mktemp("whole")
+    write_frames(other / "train.h5", emt_frames(24))
+    train(parse_config(settings(other)))
+    with monkeypatch.context() as patch:
+        _StopAt(patch, step, number)
+        with pytest.raises(TrainingInterrupted, match=f"stopped by {number.name}"):
+            train(parse_config(settings(folder)))
+    assert not (folder / "run" / "model.pt").exists()
+    torch.rand(7)
+    train(parse_config(settings(folder)), resume=True)
+    assert log(folder) == log(other)
+    for name, value in weights(other).items():
+        assert torch.equal(value, weights(folder)[name]), name
+
+
+def test_kill_leaves_a_resumable_checkpoint(folder: Path) -> None:
+    config = settings(folder, stage_one={"epochs": 500}, checkpoint_seconds=0)
+    (folder / "t.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "forcedrop", "train", str(folder / "t.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "run" / "log.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    state = torch.load(folder / "run" / "last.pt", weights_only=True)
+    assert state["trainer"]["progress"]["epoch"] + state["trainer"]["progress"]["step"] > 0
+    with pytest.raises(ConfigError, match=r"other settings; these differ: stage_one"):
+        train(parse_config(settings(folder, checkpoint_seconds=0)), resume=True)
+
+
+def test_a_second_training_does_not_overwrite_the_first(trained_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a training already; go on with it"):
+        train(parse_config(settings(trained_folder)))
+
+
+def test_changed_data_are_noticed(folder: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        _StopAt(patch, 3, signal.SIGINT)
+        with pytest.raises(TrainingInterrupted):
+            train(parse_config(settings(folder)))
+    write_frames(folder / "train.h5", emt_frames(24, seed=5))
+    with pytest.raises(ConfigError, match="training data changed"):
+        train(parse_config(settings(folder)), resume=True)
+
+
+def test_divergence_names_the_frames_and_keeps_the_checkpoint(folder: Path, monkeypatch) -> None:
+    run_step, count = Trainer.run_step, [0]
+
+    def poisoned(trainer: Trainer, batch: object) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 7:
+            batch.forces[2] = float("nan")
+        return run_step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "run_step", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"loss is nan.*stage 1, epoch 2, step 2, in a batch of .*train\.h5#\d+"):
+        train(parse_config(settings(folder)))
+    state = torch.load(folder / "run" / "last.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in state["trainer"]["weights"].values())
+
+
+def test_bad_frames_stop_before_training_or_are_skipped(folder: Path) -> None:
+    bad = replace(emt_frames(1)[0], energy=float("nan"))
+    write_frames(folder / "bad.xyz", [bad])
+    data = {"train": [f"{folder}/train.h5", f"{folder}/bad.xyz"]}
+    with pytest.raises(BadFrames, match=r"bad\.xyz#0: energy: NaN"):
+        train(parse_config(settings(folder, data=data)))
+    assert not (folder / "run").exists()
+    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    model = train(parse_config(settings(folder, data={**data, "skip_bad": True}, **short)))
+    assert model.provenance["training_set"]["frames"] == 19 + 1 - 1
+    assert model.calibration is None
+
+
+def test_frames_train_on_the_labels_they_have(folder: Path) -> None:
+    mixed = [
+        replace(f, forces=f.forces if k % 2 else None, stress=None if k % 3 else f.stress, energy=f.energy if k % 5 else None)
+        for k, f in enumerate(emt_frames(24))
+    ]
+    write_frames(folder / "train.h5", mixed)
+    train(parse_config(settings(folder)))
+    assert np.isfinite(float(log(folder)[-1]["val_forces_meV_A"]))
+
+
+def test_isolated_atoms_are_found_among_the_frames(folder: Path) -> None:
+    atom = Frame.from_atoms(Atoms("Cu"), energy=3.5)
+    write_frames(folder / "train.h5", [*emt_frames(24), atom])
+    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    model = train(parse_config(settings(folder, data={"isolated_atoms": None}, **short)))
+    assert model.potential.isolated.tolist() == [3.5]
+    assert model.provenance["training_set"]["frames"] == 20
+
+
+def test_early_stopping(folder: Path) -> None:
+    change = {"stage_one": {"epochs": 40, "patience": 2}, "optimiser": {"learning_rate": 0.3}}
+    train(parse_config(settings(folder, **change)))
+    rows = [r for r in log(folder) if r["stage"] == "1"]
+    assert len(rows) < 40
+    best = int(np.argmin([float(r["val_loss"]) for r in rows]))
+    assert len(rows) == best + 1 + 2
