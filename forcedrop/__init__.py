@@ -24,7 +24,7 @@ _MENU = {
     "train": "forcedrop.training",
 }
 
-__all__ = [*_MENU, "__version__"]  # noqa: PLE0604
+__all__ = [*_MENU, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -84,7 +84,11 @@ def flag(
         criteria = frame_criteria(factor * p.std["forces"], factor * float(p.std["energy"]))
         values[index] = criteria[criterion]
         noted = with_uncertainties(frame, p, scale)
-        info = {**noted.info, **{f"sigma_{name}": value for name, value in criteria.items()}, "origin": frame.source}
+        info = {
+            **noted.info,
+            **{f"sigma_{name}": value for name, value in criteria.items()},
+            "origin": frame.source,
+        }
         judged.append(Frame(**{**vars(noted), "info": info}))
     return Flags(criterion, limit, values, np.argsort(-values, kind="stable"), judged)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from forcedrop.derive import Derived, derive
@@ -53,14 +55,13 @@ class DropoutCalculator(Calculator):
         ValueError: if the model cannot be read, has no dropout site, or K < 2.
     """
 
-    implemented_properties: ClassVar[list[str]] = [
+    implemented_properties = [  # noqa: RUF012 (as in the base class)
         *_VALUES,
         "free_energy",
         *(f"{name}_{kind}" for name in _VALUES for kind in ("std", "uncertainty", "ensemble")),
         "pressure_std",
         "pressure_uncertainty",
     ]
-    default_parameters: ClassVar[dict[str, Any]] = {}
     nolabel = True
 
     def __init__(
@@ -84,7 +85,10 @@ class DropoutCalculator(Calculator):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model if isinstance(model, TrainedModel) else load_model(model)
         dropout_sites(self.model.potential)
-        self.potential = self.model.potential.to(self.device, dtype or self.model.dtype).eval()
+        dtype = dtype or self.model.dtype
+        same = (self.model.device, self.model.dtype) == (self.device, dtype)
+        self.potential = self.model.potential if same else deepcopy(self.model.potential).to(self.device, dtype)
+        self.potential.eval()
         self.n_samples = n_samples
         self.seed = self.model.bank_seed if seed is None else seed
         self.uncertainty_every = uncertainty_every
@@ -106,7 +110,8 @@ class DropoutCalculator(Calculator):
             PropertyNotImplementedError: for a stress without a periodic cell, or a σ that needs a calibration.
         """
         super().calculate(atoms, list(properties), list(system_changes))
-        frame = self._checked(Frame.from_atoms(self.atoms, source="atoms"))
+        present: Any = self.atoms
+        frame = self._checked(Frame.from_atoms(present, source="atoms"))
         periodic = bool(frame.pbc.any()) and frame.volume > 0
         self._refuse(properties, periodic)
         batch = batch_graphs([build_graph(frame, self._finder, self.potential.hidden_bias.dtype)]).to(self.device)
@@ -116,9 +121,7 @@ class DropoutCalculator(Calculator):
         results: dict[str, Any] = {}
         prediction = None
         if asked or due or self.uncertainty_every == 1:
-            prediction = predict(
-                self.potential, batch, n_samples=self.n_samples, seed=self.seed, chunk=self.chunk
-            )
+            prediction = predict(self.potential, batch, n_samples=self.n_samples, seed=self.seed, chunk=self.chunk)
             results.update(self._spread(prediction))
         best = prediction.mean if prediction and self.uncertainty_every == 1 else derive(self.potential, batch)
         results.update(_single(best, ""))
@@ -145,7 +148,8 @@ class DropoutCalculator(Calculator):
         known = self.model.elements
         for index, z in enumerate(frame.z):
             if int(z) not in known:
-                raise ValueError(f"atom {index} has atomic number {int(z)}; the model knows {list(known)}")
+                names = ", ".join(chemical_symbols[e] for e in known)
+                raise ValueError(f"atom {index} is {chemical_symbols[z]}; the model knows {names}")
         bad = np.flatnonzero(~np.isfinite(frame.pos).all(axis=1))
         if len(bad):
             raise ValueError(f"the position of atom {bad[0]} is not finite: {frame.pos[bad[0]]}")
@@ -166,20 +170,24 @@ class DropoutCalculator(Calculator):
 
     def copy(self) -> DropoutCalculator:
         """Return an independent calculator of the same function; the network itself is shared."""
-        return DropoutCalculator(
-            self.model,
-            self.n_samples,
-            self.seed,
-            self.device,
-            dtype=self.potential.hidden_bias.dtype,
-            uncertainty_every=self.uncertainty_every,
-            keep_samples=self.keep_samples,
-            skin=self._finder.skin,
-            chunk=self.chunk,
-        )
+        return _rebuild(self.model, self._settings())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DropoutCalculator:
         return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.model, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "n_samples": self.n_samples, "seed": self.seed, "device": self.device,
+            "dtype": self.potential.hidden_bias.dtype, "uncertainty_every": self.uncertainty_every,
+            "keep_samples": self.keep_samples, "skin": self._finder.skin, "chunk": self.chunk,
+        }  # fmt: skip
+
+
+def _rebuild(model: TrainedModel, settings: dict[str, Any]) -> DropoutCalculator:
+    return DropoutCalculator(model, **settings)
 
 
 def _numpy(x: Tensor) -> np.ndarray:

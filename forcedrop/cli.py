@@ -147,9 +147,15 @@ def md(
     steps: Annotated[int, typer.Option(help="number of steps", min=1)] = 2000,
     timestep: Annotated[float, typer.Option(help="[fs]")] = 0.5,
     index: Annotated[int, typer.Option(help="which frame of the file to start from")] = 0,
-    repeat: Annotated[tuple[int, int, int], typer.Option(help="repetitions of the cell along a, b, c")] = (1, 1, 1),
+    repeat: Annotated[tuple[int, int, int], typer.Option(help="repetitions of the cell along a, b, c")] = (
+        1,
+        1,
+        1,
+    ),
     record_every: Annotated[int, typer.Option(help="steps between records", min=1)] = 10,
-    uncertainty_every: Annotated[int, typer.Option(help="1: forces are the mean of the samples at every step", min=1)] = 1,
+    uncertainty_every: Annotated[
+        int, typer.Option(help="1: forces are the mean of the samples at every step", min=1)
+    ] = 1,
     threshold: Annotated[float | None, typer.Option(help="flag above this largest atomic force σ [eV/Å]")] = None,
     quantile: Annotated[float | None, typer.Option(help="instead: this quantile of the calibration frames")] = None,
     keep_velocities: Annotated[bool, typer.Option("--keep-velocities", help="use those in the file")] = False,
@@ -209,7 +215,13 @@ def flag(
     loaded = _load(model, device)
     frames = _read(files, loaded, (None, None, None), "eV", "Angstrom", skip_bad)
     flags = flag_frames(
-        loaded, frames, criterion=criterion.value, threshold=threshold, quantile=quantile, n_samples=samples, seed=seed
+        loaded,
+        frames,
+        criterion=criterion.value,
+        threshold=threshold,
+        quantile=quantile,
+        n_samples=samples,
+        seed=seed,
     )
     typer.echo(flags.summary())
     if flags.flagged:

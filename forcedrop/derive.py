@@ -36,9 +36,7 @@ class Derived(NamedTuple):
     stress: Tensor
 
 
-def derive(
-    potential: Potential, batch: Batch, masks: Masks | None = None, *, create_graph: bool = False
-) -> Derived:
+def derive(potential: Potential, batch: Batch, masks: Masks | None = None, *, create_graph: bool = False) -> Derived:
     """Return the energy and its derivatives of one function: the plain network, or one with the given masks.
 
     Args:

@@ -77,7 +77,12 @@ class Evaluation:
 
 
 def predict_frames(
-    model: TrainedModel, frames: Sequence[Frame], *, n_samples: int = 16, seed: int | None = None, what: str = "predict"
+    model: TrainedModel,
+    frames: Sequence[Frame],
+    *,
+    n_samples: int = 16,
+    seed: int | None = None,
+    what: str = "predict",
 ) -> list[FramePrediction]:
     """Return the prediction for each frame, with a progress bar named ``what``.
 
@@ -127,7 +132,11 @@ def evaluate(
                 continue
             per = len(frame) if name == "energy" else 1
             reference = np.ravel(label) / per
-            values = (np.ravel(p.mean[name]) / per, np.ravel(p.std[name]) / per, np.ravel(p.plain[name]) / per)
+            values = (
+                np.ravel(p.mean[name]) / per,
+                np.ravel(p.std[name]) / per,
+                np.ravel(p.plain[name]) / per,
+            )
             row = (reference, values[0] - reference, scale * values[1], values[2] - reference)
             for target, value in zip(column, (*row, np.full(reference.shape, index)), strict=True):
                 target.append(value)
@@ -157,8 +166,8 @@ def with_uncertainties(frame: Frame, prediction: FramePrediction, scale: float |
     for name in ("energy", "energies", "forces", "stress"):
         if name == "stress" and not (frame.pbc.any() and frame.volume > 0):
             continue
-        target = arrays if name in ("energies", "forces") else info
-        values = {f"forcedrop_{name}": prediction.mean[name], f"{name}_std": prediction.std[name]}
+        target: dict[str, Any] = arrays if name in ("energies", "forces") else info
+        values: dict[str, Any] = {f"forcedrop_{name}": prediction.mean[name], f"{name}_std": prediction.std[name]}
         if scale is not None:
             values[f"{name}_uncertainty"] = scale * prediction.std[name]
         target.update({k: float(v) if np.ndim(v) == 0 else np.array(v) for k, v in values.items()})

@@ -59,9 +59,7 @@ class NeighbourFinder:
         self._list = NeighborList(cutoff=self.cutoff, full_list=False, skin=self.skin)
         self._n_atoms: int | None = None
 
-    def __call__(
-        self, pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return ``edge_index`` (2, E), ``edge_shift`` (E, 3) and ``edge_reverse`` (E,), all int64."""
         n = len(pos)
         if self._n_atoms not in (None, n):  # the skin of another structure is of no use

@@ -15,7 +15,7 @@ from ase.io.trajectory import Trajectory
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
@@ -28,7 +28,9 @@ from forcedrop.units import GPA
 class NVE:
     """Velocity Verlet at constant energy."""
 
-    def dynamics(self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator) -> MolecularDynamics:
+    def dynamics(
+        self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator
+    ) -> MolecularDynamics:
         """Return the integrator."""
         return VelocityVerlet(atoms, timestep * units.fs)
 
@@ -43,10 +45,17 @@ class NVT:
 
     friction: float = 0.01
 
-    def dynamics(self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator) -> MolecularDynamics:
+    def dynamics(
+        self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator
+    ) -> MolecularDynamics:
         """Return the integrator; the centre of mass moves as it likes (its drift is not a force of the model)."""
         return Langevin(
-            atoms, timestep * units.fs, temperature_K=temperature, friction=self.friction / units.fs, rng=rng, fixcm=False
+            atoms,
+            timestep * units.fs,
+            temperature_K=temperature,
+            friction=self.friction / units.fs,
+            rng=rng,
+            fixcm=False,
         )
 
 
@@ -64,14 +73,18 @@ class NPT:
     thermostat_time: float = 100.0
     barostat_time: float = 1000.0
 
-    def dynamics(self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator) -> MolecularDynamics:
+    def dynamics(
+        self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator
+    ) -> MolecularDynamics:
         """Return the integrator.
 
         Raises:
             ValueError: if the structure is not periodic in all directions.
         """
         if not atoms.pbc.all():
-            raise ValueError(f"NPT needs a structure that is periodic in all directions, got pbc = {atoms.pbc.tolist()}")
+            raise ValueError(
+                f"NPT needs a structure that is periodic in all directions, got pbc = {atoms.pbc.tolist()}"
+            )
         return IsotropicMTKNPT(
             atoms,
             timestep * units.fs,
@@ -177,7 +190,7 @@ def run_md(
     rng = np.random.default_rng(seed)
     atoms.calc = calculator
     if velocities:
-        MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+        thermalize_momenta(atoms, temperature_K=temperature, rng=rng)
         Stationary(atoms)
         if not atoms.pbc.any() and len(atoms) > 2:
             ZeroRotation(atoms)
@@ -309,7 +322,9 @@ def recorded_frame(atoms: Atoms, row: dict[str, float]) -> Frame:
     """Return the atoms with everything their calculator knows, for a store or an extended XYZ file."""
     results: dict[str, Any] = atoms.calc.results
     per_atom = {k: v for k, v in results.items() if k.startswith(("forces_", "energies")) and "ensemble" not in k}
-    info = {k: v for k, v in results.items() if k.startswith(("energy_", "stress_", "pressure_")) and "ensemble" not in k}
+    info = {
+        k: v for k, v in results.items() if k.startswith(("energy_", "stress_", "pressure_")) and "ensemble" not in k
+    }
     return Frame.from_atoms(
         atoms,
         energy=float(results["energy"]),

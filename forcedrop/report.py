@@ -123,7 +123,9 @@ def training_figure(log: str | Path) -> Figure:
     return figure
 
 
-def md_figure(rows: Sequence[dict[str, float]], flagged: Sequence[float] = (), threshold: float | None = None) -> Figure:
+def md_figure(
+    rows: Sequence[dict[str, float]], flagged: Sequence[float] = (), threshold: float | None = None
+) -> Figure:
     """Return energy, temperature and σ along a run; ``rows`` as ``forcedrop.md`` writes them, ``flagged`` times [fs]."""
     time = np.array([row["time_fs"] for row in rows]) / 1000
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
@@ -163,7 +165,14 @@ def flag_figure(values: np.ndarray, threshold: float, criterion: str, unit: str)
     axes = figure.subplots()
     index, above = np.arange(len(values)), values > threshold
     axes.plot(index[~above], values[~above], "o", ms=3, color=_BLUE, label="below")
-    axes.plot(index[above], values[above], "o", ms=3, color=_RED, label=f"flagged: {int(above.sum())} of {len(values)}")
+    axes.plot(
+        index[above],
+        values[above],
+        "o",
+        ms=3,
+        color=_RED,
+        label=f"flagged: {int(above.sum())} of {len(values)}",
+    )
     axes.axhline(threshold, color=_RED, lw=0.8, ls="--")
     axes.set_xlabel("frame")
     axes.set_ylabel(f"{criterion} σ [{unit}]")
@@ -174,7 +183,18 @@ def flag_figure(values: np.ndarray, threshold: float, criterion: str, unit: str)
 
 def evaluation_table(evaluation: Evaluation) -> str:
     """Return the errors and the honesty of σ as a text table, with a sentence on each property."""
-    head = ["", "RMSE", "MAE", "plain RMSE", "σ (rms)", "z²", "95 % of z²", "area", "RLL %", "Spearman (ceiling)"]
+    head = [
+        "",
+        "RMSE",
+        "MAE",
+        "plain RMSE",
+        "σ (rms)",
+        "z²",
+        "95 % of z²",
+        "area",
+        "RLL %",
+        "Spearman (ceiling)",
+    ]
     reports = evaluation.reports()
     rows = [head]
     for name, r in reports.items():
@@ -185,7 +205,9 @@ def evaluation_table(evaluation: Evaluation) -> str:
         rows.append([f"{what} [m{unit}]", *milli, *shape, f"{r.spearman:.2f} ({r.spearman_ceiling:.2f})"])
     lines = format_table(rows)
     kind = "calibrated σ" if evaluation.calibrated else "raw spread, not calibrated"
-    lines.append(f"{evaluation.n_frames} frames, {kind}; total energy RMSE {1e3 * evaluation.total_energy_rmse:.2f} meV")
+    lines.append(
+        f"{evaluation.n_frames} frames, {kind}; total energy RMSE {1e3 * evaluation.total_energy_rmse:.2f} meV"
+    )
     if found := evaluation.detection():
         lines.append(
             f"worst {100 * found['share']:.0f} % of atoms (force error above {1e3 * found['threshold']:.0f} meV/Å): "
@@ -308,7 +330,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table: first column to the left, the others to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 

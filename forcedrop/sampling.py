@@ -45,14 +45,26 @@ def draw_masks(potential: Potential, batch: Batch, seed: int, samples: int | Seq
     for site in dropout_sites(potential):
         if site.n_channels:
             masks[site.name] = feature_mask(
-                site.rate, site.n_channels, seed=seed, samples=samples, site=site.name, dtype=dtype, device=device
+                site.rate,
+                site.n_channels,
+                seed=seed,
+                samples=samples,
+                site=site.name,
+                dtype=dtype,
+                device=device,
             )
         else:
             local = torch.arange(batch.num_nodes, device=device) - batch.ptr[batch.batch]
             centre = local[:, None].expand_as(batch.nbr)
             pairs = torch.stack([centre.reshape(-1), local[batch.nbr].reshape(-1)])
             mask = edge_mask(
-                site.rate, pairs, batch.nbr_shift.flatten(0, 1), seed=seed, samples=samples, site=site.name, dtype=dtype
+                site.rate,
+                pairs,
+                batch.nbr_shift.flatten(0, 1),
+                seed=seed,
+                samples=samples,
+                site=site.name,
+                dtype=dtype,
             )
             masks[site.name] = mask.unflatten(1, batch.nbr.shape)
     return masks

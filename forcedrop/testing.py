@@ -52,7 +52,13 @@ def assert_equivariant(evaluate: Evaluate, atoms: Atoms, *, tolerance: float = 1
 
 
 def assert_conservative(
-    evaluate: Evaluate, atoms: Atoms, *, step: float = 2e-5, tolerance: float = 1e-5, seed: int = 0, directions: int = 4
+    evaluate: Evaluate,
+    atoms: Atoms,
+    *,
+    step: float = 2e-5,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+    directions: int = 4,
 ) -> None:
     """Assert that every sample's forces are minus the gradient of its energy, by central differences.
 
@@ -76,7 +82,12 @@ def assert_conservative(
 
 
 def assert_smooth(
-    function: Callable[[float], np.ndarray], start: float, stop: float, *, points: int = 200, factor: float = 50.0
+    function: Callable[[float], np.ndarray],
+    start: float,
+    stop: float,
+    *,
+    points: int = 200,
+    factor: float = 50.0,
 ) -> None:
     """Assert that a function of one variable has no jump between ``start`` and ``stop``.
 
@@ -123,7 +134,12 @@ def assert_unbiased_mask(mask: Tensor, p: float, *, sigmas: float = 5.0) -> None
 
 
 def assert_calibrated(
-    error: np.ndarray, sigma: np.ndarray, blocks: np.ndarray | None = None, *, low: float = 0.9, high: float = 1.1
+    error: np.ndarray,
+    sigma: np.ndarray,
+    blocks: np.ndarray | None = None,
+    *,
+    low: float = 0.9,
+    high: float = 1.1,
 ) -> None:
     """Assert that the 95 % block-bootstrap interval of mean z² meets [``low``, ``high``].
 
@@ -149,4 +165,3 @@ def _close(what: str, got: np.ndarray, expected: np.ndarray, tolerance: float) -
     deviation = float(np.abs(np.asarray(got) - np.asarray(expected)).max())
     if not deviation <= tolerance:
         raise AssertionError(f"{what}: deviates by {deviation:.3g}, allowed {tolerance:.3g}")
-

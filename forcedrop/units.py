@@ -19,8 +19,17 @@ LENGTH: dict[str, float] = {"Angstrom": 1.0, "Bohr": _ase.Bohr, "nm": 10.0}
 GPA = _ase.GPa
 """One GPa in eV/Å³."""
 
-_ALIASES = {"Å": "Angstrom", "angstrom": "Angstrom", "bohr": "Bohr", "a0": "Bohr", "ev": "eV",
-            "hartree": "Hartree", "Ha": "Hartree", "kcal": "kcal/mol", "kJ": "kJ/mol"}
+_ALIASES = {
+    "Å": "Angstrom",
+    "angstrom": "Angstrom",
+    "bohr": "Bohr",
+    "a0": "Bohr",
+    "ev": "eV",
+    "hartree": "Hartree",
+    "Ha": "Hartree",
+    "kcal": "kcal/mol",
+    "kJ": "kJ/mol",
+}
 
 
 def energy_factor(unit: str) -> float:

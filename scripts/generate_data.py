@@ -13,7 +13,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator
 from ase.filters import FrechetCellFilter
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 from ase.optimize import BFGS
 from tqdm import tqdm
 
@@ -49,7 +49,9 @@ def make_ethanol(folder: Path, seed: int, fraction: float = 1.0) -> None:
 
     provenance = {"method": "GFN2-xTB (tblite)", "script": "scripts/generate_data.py", "seed": seed}
     atoms = [Atoms(symbol) for symbol in ("H", "C", "O")]
-    singles = [_label(a, TBLite(method="GFN2-xTB", verbosity=0), stress=False, info={"config_type": "atom"}) for a in atoms]
+    singles = [
+        _label(a, TBLite(method="GFN2-xTB", verbosity=0), stress=False, info={"config_type": "atom"}) for a in atoms
+    ]
     _store(folder / "ethanol_atoms.h5", singles, provenance)
     start = molecule("CH3CH2OH")
     start.calc = reference()
@@ -94,7 +96,7 @@ def _sample(
 ) -> list[Frame]:
     """Return frames of a Langevin trajectory of 0.5 fs steps, one every ``every`` steps."""
     atoms.calc = reference()
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+    thermalize_momenta(atoms, temperature_K=temperature, rng=rng)
     dynamics = Langevin(
         atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=rng, fixcm=False
     )

@@ -19,10 +19,21 @@ FEATURES_ONLY = DropoutRates(edge=0.0, message=0.1, update=0.2, readout=0.5)
 
 
 def make_potential(
-    elements: tuple[int, ...] = (1, 6, 8, 14, 29), rates: DropoutRates = RATES, seed: int = 0, **settings: object
+    elements: tuple[int, ...] = (1, 6, 8, 14, 29),
+    rates: DropoutRates = RATES,
+    seed: int = 0,
+    **settings: object,
 ) -> Potential:
     """A network with random weights in float64, its norms measured on ethanol, no weight left at a special value."""
-    shape = {"cutoff": 4.0, "n_channels": 6, "n_layers": 2, "l_max": 2, "n_radial": 4, "n_hidden": 8, **settings}
+    shape = {
+        "cutoff": 4.0,
+        "n_channels": 6,
+        "n_layers": 2,
+        "l_max": 2,
+        "n_radial": 4,
+        "n_hidden": 8,
+        **settings,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = PotentialConfig(elements=elements, dropout=rates, **shape)  # type: ignore[arg-type]

@@ -12,13 +12,33 @@ from torch import Tensor
 
 def check_graph(graph: Any) -> None:
     """Assert the shapes and types of an ``AtomicGraph``."""
-    names = ("z", "pos", "cell", "pbc", "edge_index", "edge_shift", "edge_reverse", "energy", "forces", "stress")
+    names = (
+        "z",
+        "pos",
+        "cell",
+        "pbc",
+        "edge_index",
+        "edge_shift",
+        "edge_reverse",
+        "energy",
+        "forces",
+        "stress",
+    )
     _graph(*(graph[name] for name in names))
 
 
 def check_batch(batch: Any) -> None:
     """Assert the shapes and types of the padded layout."""
-    _batch(batch.pos, batch.batch, batch.cell, batch.pbc, batch.nbr, batch.nbr_reverse, batch.nbr_shift, batch.nbr_used)
+    _batch(
+        batch.pos,
+        batch.batch,
+        batch.cell,
+        batch.pbc,
+        batch.nbr,
+        batch.nbr_reverse,
+        batch.nbr_shift,
+        batch.nbr_used,
+    )
 
 
 def check_derived(derived: Any, n_graphs: int, n_atoms: int, samples: int | None = None) -> None:
@@ -32,14 +52,14 @@ def check_derived(derived: Any, n_graphs: int, n_atoms: int, samples: int | None
 
 @jaxtyped(typechecker=beartype)
 def _graph(
-    z: Int64[Tensor, "N"],
+    z: Int64[Tensor, N],
     pos: Float[Tensor, "N 3"],
     cell: Float[Tensor, "1 3 3"],
     pbc: Bool[Tensor, "1 3"],
     edge_index: Int64[Tensor, "2 E"],
     edge_shift: Int64[Tensor, "E 3"],
-    edge_reverse: Int64[Tensor, "E"],
-    energy: Float64[Tensor, "1"],
+    edge_reverse: Int64[Tensor, E],
+    energy: Float64[Tensor, 1],
     forces: Float[Tensor, "N 3"],
     stress: Float[Tensor, "1 6"],
 ) -> None:
@@ -50,7 +70,7 @@ def _graph(
 @jaxtyped(typechecker=beartype)
 def _batch(
     pos: Float[Tensor, "N 3"],
-    batch: Int64[Tensor, "N"],
+    batch: Int64[Tensor, N],
     cell: Float[Tensor, "B 3 3"],
     pbc: Bool[Tensor, "B 3"],
     nbr: Int64[Tensor, "N M"],

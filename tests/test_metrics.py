@@ -40,7 +40,9 @@ def test_area_of_a_known_factor() -> None:
 def test_rll_has_its_two_fixed_points(honest) -> None:
     error, sigma = honest
     assert metrics.relative_log_likelihood(error, np.abs(error)) == pytest.approx(100)
-    assert metrics.relative_log_likelihood(error, np.full_like(error, metrics.rmse(error))) == pytest.approx(0, abs=1e-9)
+    assert metrics.relative_log_likelihood(error, np.full_like(error, metrics.rmse(error))) == pytest.approx(
+        0, abs=1e-9
+    )
     assert 0 < metrics.relative_log_likelihood(error, sigma) < 100
     assert metrics.relative_log_likelihood(error, 0.1 * sigma) < 0
 

@@ -173,13 +173,20 @@ class Message(nn.Module):
         self.norm = SphereNorm(l_max)
 
     def forward(
-        self, h: Tensor, v: Tensor, pairs: Tensor, unit: Tensor, nbr: Tensor, reverse: Tensor, mask: Tensor | None
+        self,
+        h: Tensor,
+        v: Tensor,
+        pairs: Tensor,
+        unit: Tensor,
+        nbr: Tensor,
+        reverse: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """Return A, shape (S, N, C), from scalars (N, C), vectors (3, N, C) and the pairs (N, n·S, M).
 
         ``mask`` (…, 2C), if given, multiplies what is sent: a channel of scalars or of whole vectors each.
         """
-        n, c = h.shape
+        c = h.shape[1]
         s, v = self.scalars(h), self.vectors(v)
         if mask is not None:
             s, v = s * mask[..., :c], v * mask[..., c:]

@@ -60,9 +60,9 @@ def gather_neighbours(x: Tensor, nbr: Tensor, reverse: Tensor) -> Tensor:
     Returns:
         shape (N, M, …).
     """
-    return _Gather.apply(x, nbr, reverse)  # type: ignore[no-any-return]
+    return _Gather.apply(x, nbr, reverse)
 
 
 def sum_incoming(edges: Tensor, nbr: Tensor, reverse: Tensor) -> Tensor:
     """Return the sum over all pairs that point to each atom, shape (N, …), of values on slots (N, M, …)."""
-    return _SumReverse.apply(edges, nbr, reverse)  # type: ignore[no-any-return]
+    return _SumReverse.apply(edges, nbr, reverse)

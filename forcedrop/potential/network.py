@@ -71,9 +71,7 @@ class PotentialConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> PotentialConfig:
         """Undo :meth:`to_dict`."""
         values = dict(values)
-        return cls(
-            **{**values, "elements": tuple(values["elements"]), "dropout": DropoutRates(**values["dropout"])}
-        )
+        return cls(**{**values, "elements": tuple(values["elements"]), "dropout": DropoutRates(**values["dropout"])})
 
 
 class Site(NamedTuple):
@@ -211,7 +209,8 @@ class Potential(nn.Module):
         pairs, unit = self.pairs(vec)
         h = v = vec.new_zeros(())
         energy = vec.new_zeros(())
-        for t, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for t, layer in enumerate(layers):
             edges = masks.get(f"layers.{t}.edges")
             carried = pairs if edges is None else pairs * edges[:, None, :]
             if t == 0:
@@ -239,7 +238,14 @@ class Potential(nn.Module):
         return layer.fields([a[l * l : (l + 1) ** 2] for l in range(self.config.l_max + 1)])  # noqa: E741
 
     def _message_fields(
-        self, layer: Any, h: Tensor, v: Tensor, pairs: Tensor, unit: Tensor, graph: GraphInputs, mask: Tensor | None
+        self,
+        layer: Any,
+        h: Tensor,
+        v: Tensor,
+        pairs: Tensor,
+        unit: Tensor,
+        graph: GraphInputs,
+        mask: Tensor | None,
     ) -> Tensor:
         a = layer.message(h, v, pairs, unit, graph.nbr, graph.reverse, mask)
         parts = [torch.cat([a[:1], h[None]], -1), torch.cat([a[1:4], v], -1)]
@@ -247,9 +253,7 @@ class Potential(nn.Module):
         return layer.fields(parts)
 
     @staticmethod
-    def _add(
-        skip: nn.Module, h: Tensor, v: Tensor, branch: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _add(skip: nn.Module, h: Tensor, v: Tensor, branch: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         scalars, vectors = branch[0], branch[1:]
         c = scalars.shape[-1]
         if mask is not None:

@@ -39,7 +39,9 @@ class BadFrames(ValueError):
         if len(self.problems) > 10:
             lines.append(f"  … and {len(self.problems) - 10} more")
         count = len({problem.source for problem in self.problems})
-        super().__init__("\n".join([f"{count} bad frame{'s' if count != 1 else ''}:", *lines, *([hint] if hint else [])]))
+        super().__init__(
+            "\n".join([f"{count} bad frame{'s' if count != 1 else ''}:", *lines, *([hint] if hint else [])])
+        )
 
 
 def check_frames(
@@ -122,7 +124,9 @@ def mixed_units(frames: Sequence[Frame]) -> list[Problem]:
     for frame in frames:
         if frame.energy is not None and np.isfinite(frame.energy) and len(frame.z):
             means[tuple(sorted(frame.z.tolist()))][frame.source.rpartition("#")[0]].append(frame.energy)
-    ratios = {f"{a} instead of {b}": ENERGY[a] / ENERGY[b] for a in ENERGY for b in ENERGY if a != b and "meV" not in (a, b)}
+    ratios = {
+        f"{a} instead of {b}": ENERGY[a] / ENERGY[b] for a in ENERGY for b in ENERGY if a != b and "meV" not in (a, b)
+    }
     problems: dict[str, Problem] = {}
     for composition, by_file in means.items():
         files = list(by_file)

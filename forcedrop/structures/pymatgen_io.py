@@ -28,7 +28,7 @@ def frames_from_pymatgen(items: Sequence[Any], source: str = "<memory>") -> list
 
 
 def _frame(item: Any, source: str) -> Frame:
-    from pymatgen.core import IMolecule, IStructure, Molecule, Structure
+    from pymatgen.core.structure import IMolecule, IStructure, Molecule, Structure
 
     labels: dict[str, Any] = {}
     if isinstance(item, dict) and ("structure" in item or "molecule" in item):
@@ -43,13 +43,15 @@ def _frame(item: Any, source: str) -> Frame:
     labels = {**(item.properties or {}), **labels}
     if "forces" in item.site_properties:
         labels.setdefault("forces", item.site_properties["forces"])
-    periodic = isinstance(item, IStructure)
+    cell, pbc = np.zeros((3, 3)), (False, False, False)
+    if isinstance(item, IStructure):
+        cell, pbc = item.lattice.matrix, item.pbc
     stress = labels.get("stress")
     return Frame(
         z=np.array([site.specie.Z for site in item], dtype=np.int64),
         pos=np.asarray(item.cart_coords, dtype=np.float64),
-        cell=np.asarray(item.lattice.matrix, dtype=np.float64) if periodic else np.zeros((3, 3)),
-        pbc=np.asarray(item.pbc if periodic else (False,) * 3, dtype=bool),
+        cell=np.asarray(cell, dtype=np.float64),
+        pbc=np.asarray(pbc, dtype=bool),
         energy=None if labels.get("energy") is None else float(labels["energy"]),
         forces=None if labels.get("forces") is None else np.asarray(labels["forces"], dtype=np.float64),
         stress=None if stress is None else _voigt(stress, labels.get("stress_unit", "eV/A^3"), source),

@@ -102,9 +102,7 @@ def read_checked(
     return good, problems
 
 
-def frames_from_atoms(
-    images: Iterable[Atoms], keys: LabelKeys | None = None, source: str = "<memory>"
-) -> list[Frame]:
+def frames_from_atoms(images: Iterable[Atoms], keys: LabelKeys | None = None, source: str = "<memory>") -> list[Frame]:
     """Return frames from ASE atoms, with the labels found in their calculator, ``info`` and ``arrays``.
 
     Raises:
@@ -126,7 +124,15 @@ def _read(path: Path, keys: LabelKeys, energy: float, length: float) -> list[Fra
         if suffix == ".npz":
             return read_npz(path, None if energy == 1.0 else energy, None if length == 1.0 else length)
         frames = reader(path, keys)
-    except (ValueError, KeyError, OSError, IndexError, StopIteration, sqlite3.Error, zipfile.BadZipFile) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        IndexError,
+        StopIteration,
+        sqlite3.Error,
+        zipfile.BadZipFile,
+    ) as error:
         message = str(error) if str(path) in str(error) else f"cannot read {path}: {type(error).__name__}: {error}"
         raise ValueError(message) from error
     return [_convert(f, energy, length) for f in frames] if (energy, length) != (1.0, 1.0) else frames
@@ -147,7 +153,7 @@ def _read_ase(path: Path, keys: LabelKeys) -> list[Frame]:
     is_xyz = path.name.lower().removesuffix(".gz").endswith((".xyz", ".extxyz"))
     if path.stat().st_size == 0:
         return []
-    images = ase.io.read(path, index=":", format="extxyz" if is_xyz else None)
+    images: Any = ase.io.read(path, index=":", format="extxyz" if is_xyz else None)
     return _from_atoms(images, keys, str(path))
 
 
@@ -182,7 +188,12 @@ def read_npz(path: Path, energy: float | None = None, length: float | None = Non
     """
     with np.load(path, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
-    names = {"R": ("R", "coords"), "z": ("z", "nuclear_charges"), "E": ("E", "energies"), "F": ("F", "forces")}
+    names = {
+        "R": ("R", "coords"),
+        "z": ("z", "nuclear_charges"),
+        "E": ("E", "energies"),
+        "F": ("F", "forces"),
+    }
     found = {k: next((data[n] for n in alternatives if n in data), None) for k, alternatives in names.items()}
     pos, z = found["R"], found["z"]
     if pos is None or z is None:

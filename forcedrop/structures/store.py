@@ -173,7 +173,15 @@ class FrameStore:
         """Return the sha256 of all frames in order: geometry, labels, info and arrays; not of provenance or layout."""
         digest = hashlib.sha256()
         for frame in self:
-            for values in (frame.z, frame.pos, frame.cell, frame.pbc, frame.energy, frame.forces, frame.stress):
+            for values in (
+                frame.z,
+                frame.pos,
+                frame.cell,
+                frame.pbc,
+                frame.energy,
+                frame.forces,
+                frame.stress,
+            ):
                 digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
             digest.update(json.dumps(frame.info, sort_keys=True).encode())
             for name in sorted(frame.arrays):
@@ -209,7 +217,10 @@ def _open_to_write(path: Path) -> h5py.File:
 
 
 def _rebuild(
-    path: Path, frames: Sequence[Frame], extra: dict[str, tuple[tuple[int, ...], str]], provenance: dict[str, Any]
+    path: Path,
+    frames: Sequence[Frame],
+    extra: dict[str, tuple[tuple[int, ...], str]],
+    provenance: dict[str, Any],
 ) -> None:
     """Write all frames to a new file beside the old one and put it in its place."""
     temporary = path.with_name(f".{path.name}.part")
@@ -276,7 +287,11 @@ def _write_rows(file: h5py.File, start: int, frames: Sequence[Frame]) -> None:
 
     put("z", first, np.concatenate([f.z for f in frames]))
     put("pos", first, np.concatenate([f.pos for f in frames]))
-    put("forces", first, np.concatenate([np.zeros((len(f), 3)) if f.forces is None else f.forces for f in frames]))
+    put(
+        "forces",
+        first,
+        np.concatenate([np.zeros((len(f), 3)) if f.forces is None else f.forces for f in frames]),
+    )
     for name, data in file["extra"].items():
         blank = [np.full((len(f), *data.shape[1:]), np.nan) for f in frames]
         rows = [np.asarray(f.arrays.get(name, b), float) for f, b in zip(frames, blank, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ def save_model(model: TrainedModel, path: str | Path) -> None:
             "weights": {name: value.detach().cpu() for name, value in potential.state_dict().items()},
             "calibration": model.calibration.to_dict() if model.calibration else None,
             "bank_seed": model.bank_seed,
-            "provenance": model.provenance,
+            "provenance": json.loads(json.dumps(model.provenance)),  # plain values or an error, now
         },
         path,
     )

@@ -28,7 +28,8 @@ class DataSection(_Section):
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share held out to stop and choose on")
     calibration_fraction: float = Field(0.1, gt=0, lt=1, description="share held out to calibrate on")
     isolated_atoms: Path | dict[str, float] | None = Field(
-        None, description="file of single atoms, or energies [eV] by symbol; otherwise found in `train`, or fitted"
+        None,
+        description="file of single atoms, or energies [eV] by symbol; otherwise found in `train`, or fitted",
     )
     energy_key: str | None = Field(None, description="label of the energy in the file")
     forces_key: str | None = Field(None, description="label of the forces in the file")

@@ -77,9 +77,7 @@ def read_labelled(
     )
 
 
-def _hold_out(
-    frames: list[Frame], fraction: float, generator: torch.Generator
-) -> tuple[list[Frame], list[Frame]]:
+def _hold_out(frames: list[Frame], fraction: float, generator: torch.Generator) -> tuple[list[Frame], list[Frame]]:
     count = max(1, round(fraction * len(frames)))
     if len(frames) - count < 1:
         raise ValueError(f"{len(frames)} frames are too few to hold out a share of {fraction}")

@@ -186,7 +186,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(where)
         bank = draw_masks(self.potential, batch, two.bank_seed, two.bank)
         pick = torch.stack(
-            [torch.randperm(two.bank, generator=generator)[: two.samples] for _ in range(batch.num_graphs)], dim=1
+            [torch.randperm(two.bank, generator=generator)[: two.samples] for _ in range(batch.num_graphs)],
+            dim=1,
         ).to(self.device)[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
         edges = {site.name for site in self.potential.sites if not site.n_channels}
@@ -271,8 +272,6 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.best = {name: value.to(self.device) for name, value in state["best"].items()}
         self._running = list(state["running"])
-
-
 
 
 def _squares(mean: Derived, batch: Batch) -> Tensor:

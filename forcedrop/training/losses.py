@@ -17,9 +17,11 @@ def squared_errors(predicted: Derived, batch: Batch, scale: Tensor) -> tuple[Ten
     the number of atoms where the atoms' errors are independent.
     """
     energy, forces, virial = residuals(predicted, batch, scale)
-    return _mean(energy.square(), batch.has_energy), _mean(
-        forces.square(), batch.has_forces[batch.batch]
-    ), _mean(virial.square(), batch.has_stress)
+    return (
+        _mean(energy.square(), batch.has_energy),
+        _mean(forces.square(), batch.has_forces[batch.batch]),
+        _mean(virial.square(), batch.has_stress),
+    )
 
 
 def residuals(predicted: Derived, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +40,12 @@ def plain_loss(predicted: Derived, batch: Batch, weights: LossSection, scale: Te
 
 
 def likelihood_loss(
-    samples: Derived, batch: Batch, weights: LossSection, scale: Tensor, mean_weight: float, floor: float = 1e-3
+    samples: Derived,
+    batch: Batch,
+    weights: LossSection,
+    scale: Tensor,
+    mean_weight: float,
+    floor: float = 1e-3,
 ) -> Tensor:
     """Return the Gaussian negative log-likelihood of mean and spread over the samples, plus the mean's squared errors.
 

@@ -77,7 +77,9 @@ def build_potential(
 ) -> Potential:
     """Return a network with random weights from the seed, norms and energy offsets measured on training data."""
     shape = PotentialConfig(
-        elements=data.elements, dropout=DropoutRates(**config.dropout.model_dump()), **config.model.model_dump()
+        elements=data.elements,
+        dropout=DropoutRates(**config.dropout.model_dump()),
+        **config.model.model_dump(),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -148,11 +150,14 @@ def _finish(
         bank_seed=config.stage_two.bank_seed,
         provenance={
             "forcedrop": forcedrop.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "machine": platform.machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": _settings(config),
-            "training_set": {"hash": content_hash(data.split.train), **ranges(data.split.train, graphs, data.elements)},
+            "training_set": {
+                "hash": content_hash(data.split.train),
+                **ranges(data.split.train, graphs, data.elements),
+            },
             "isolated_energies": {"origin": data.isolated_origin},
             "training_seconds": trainer.progress.seconds,
             "last_epoch": dict(trainer.progress.history[-1]),
@@ -218,9 +223,7 @@ def _divergence(error: Exception, trainer: Trainer, graphs: list[AtomicGraph], o
     return f"{error} at {where}, in a batch of {sources}. The last good checkpoint is {out / CHECKPOINT}"
 
 
-def _row(
-    stage: int, epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors
-) -> dict[str, float]:
+def _row(stage: int, epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors) -> dict[str, float]:
     values = (
         stage + 1, epoch + 1, round(seconds, 2), rate, fitted.energy, fitted.forces, errors.energy,
         errors.energy_per_atom, errors.forces, errors.stress, errors.loss, errors.z2,

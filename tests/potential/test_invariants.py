@@ -169,7 +169,9 @@ def test_no_site_no_error_bar() -> None:
 @pytest.mark.parametrize("layers", [1, 3])
 def test_depths(layers: int) -> None:
     rates = RATES if layers > 1 else DropoutRates(edge=0.1, message=0, update=0, readout=0.5)
-    assert_conservative(evaluator(make_potential(rates=rates, n_layers=layers)), ethanol(), tolerance=1e-7, directions=2)
+    assert_conservative(
+        evaluator(make_potential(rates=rates, n_layers=layers)), ethanol(), tolerance=1e-6, directions=2
+    )
 
 
 def test_one_atom_and_two_far_atoms() -> None:

@@ -8,7 +8,14 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 from pymatgen.core import Lattice, Molecule, Structure
 
-from forcedrop.structures import BadFrames, FrameStore, LabelKeys, frames_from_atoms, frames_from_pymatgen, read_frames
+from forcedrop.structures import (
+    BadFrames,
+    FrameStore,
+    LabelKeys,
+    frames_from_atoms,
+    frames_from_pymatgen,
+    read_frames,
+)
 from forcedrop.structures.readers import read_checked
 
 FORCES = np.array([[0.1, -0.2, 0.3], [-0.1, 0.2, -0.3]])
@@ -118,12 +125,23 @@ def test_units_are_converted(tmp_path) -> None:
 
 
 def test_pymatgen_objects_and_json(tmp_path) -> None:
-    structure = Structure(Lattice.orthorhombic(8, 9, 10), ["C", "O"], [[0, 0, 0], [1.13, 0, 0]], coords_are_cartesian=True)
+    structure = Structure(
+        Lattice.orthorhombic(8, 9, 10), ["C", "O"], [[0, 0, 0], [1.13, 0, 0]], coords_are_cartesian=True
+    )
     item = {"structure": structure, "energy": -5.5, "forces": FORCES, "stress": STRESS}
     check(frames_from_pymatgen([item]), 1)
-    gpa = {**item, "stress": (STRESS[[0, 5, 4, 5, 1, 3, 4, 3, 2]] / units.GPa).reshape(3, 3).tolist(), "stress_unit": "GPa"}
+    gpa = {
+        **item,
+        "stress": (STRESS[[0, 5, 4, 5, 1, 3, 4, 3, 2]] / units.GPa).reshape(3, 3).tolist(),
+        "stress_unit": "GPa",
+    }
     check(frames_from_pymatgen([gpa]), 1)
-    plain = {"structure": structure.as_dict(), "energy": -5.5, "forces": FORCES.tolist(), "stress": STRESS.tolist()}
+    plain = {
+        "structure": structure.as_dict(),
+        "energy": -5.5,
+        "forces": FORCES.tolist(),
+        "stress": STRESS.tolist(),
+    }
     (tmp_path / "a.json").write_text(json.dumps([plain]))
     check(read_frames(tmp_path / "a.json"), 1)
     labelled_structure = structure.copy(site_properties={"forces": FORCES.tolist()})

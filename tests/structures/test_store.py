@@ -137,7 +137,10 @@ def test_not_a_store(tmp_path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         FrameStore(tmp_path / "none.h5")
     bad = replace(frames()[1], arrays={"x": np.zeros(2)})
-    with pytest.raises(ValueError, match=r"x#1: array 'x' needs 9 rows"), FrameStore(tmp_path / "b.h5", "w") as store:
+    with (
+        pytest.raises(ValueError, match=r"x#1: array 'x' needs 9 rows"),
+        FrameStore(tmp_path / "b.h5", "w") as store,
+    ):
         store.append([bad])
 
 

@@ -34,7 +34,7 @@ def test_what_is_no_model(tmp_path) -> None:
     save_model(TrainedModel(make_potential()), tmp_path / "new.pt")
     values = torch.load(tmp_path / "new.pt", weights_only=True)
     torch.save({**values, "format": 99}, tmp_path / "new.pt")
-    with pytest.raises(ValueError, match="format 99.*please update"):
+    with pytest.raises(ValueError, match=r"format 99.*please update"):
         load_model(tmp_path / "new.pt")
 
 

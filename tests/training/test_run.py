@@ -59,7 +59,7 @@ def test_it_learns_and_says_what_it_did(trained_folder: Path) -> None:
     assert model.provenance["training_set"]["shortest_distance"]["Cu-Cu"] < 2.6
     split = json.loads((trained_folder / "run" / "split.json").read_text())
     assert sorted(len(v) for v in split.values()) == [4, 4, 32]
-    assert len(set(sum(split.values(), []))) == 40
+    assert len({source for part in split.values() for source in part}) == 40
     assert list((trained_folder / "run" / "tensorboard").iterdir())
 
 
@@ -160,7 +160,12 @@ def test_bad_frames_stop_before_training_or_are_skipped(folder: Path) -> None:
 
 def test_frames_train_on_the_labels_they_have(folder: Path) -> None:
     mixed = [
-        replace(f, forces=f.forces if k % 2 else None, stress=None if k % 3 else f.stress, energy=f.energy if k % 5 else None)
+        replace(
+            f,
+            forces=f.forces if k % 2 else None,
+            stress=None if k % 3 else f.stress,
+            energy=f.energy if k % 5 else None,
+        )
         for k, f in enumerate(emt_frames(24))
     ]
     write_frames(folder / "train.h5", mixed)

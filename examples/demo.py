@@ -1,0 +1,157 @@
+"""The main job from beginning to end on the ethanol in ``data/``: train, calibrate, MD with error bars, flag, one page.
+
+Everything lands in ``runs/demo``; open ``runs/demo/results.html``. Deleting the folder starts over; running again resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from forcedrop.active import UNITS, flag
+from forcedrop.calculator import DropoutCalculator
+from forcedrop.evaluation import Evaluation, evaluate
+from forcedrop.md import NVE, NVT, run_md
+from forcedrop.report import (
+    describe_frames,
+    describe_model,
+    evaluation_table,
+    flag_figure,
+    md_figure,
+    parity_figure,
+    results_page,
+    save_figure,
+    sigma_figure,
+    training_figure,
+)
+from forcedrop.structures import read_frames, write_frames
+from forcedrop.training import TrainedModel, TrainingInterrupted, load_config, load_model, train
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA, OUT = ROOT / "data", ROOT / "runs" / "demo"
+SAMPLES = 16
+Section = tuple[str, str, list[Path]]
+
+
+def main() -> None:
+    """Run every step and write the page."""
+    start = time.monotonic()
+    if (OUT / "results.html").exists():
+        shutil.rmtree(OUT)
+    model, sections = trained()
+    sections += [*evaluated(model), *simulated(model), flagged(model)]
+    minutes = (time.monotonic() - start) / 60
+    text = f"Made by examples/demo.py in {minutes:.1f} minutes. What you see is explained above each picture."
+    page = results_page(OUT / "results.html", "forcedrop: ethanol with error bars", [("", text, []), *sections])
+    print(f"\n{minutes:.1f} minutes. Open {page.relative_to(ROOT)}; flagged frames are in runs/demo/flagged.xyz")
+
+
+def trained() -> tuple[TrainedModel, list[Section]]:
+    """Train on 300 K frames and calibrate on frames held out from them."""
+    print("1/4  training on 300 K ethanol (GFN2-xTB)")
+    config = load_config(ROOT / "examples" / "configs" / "ethanol.yaml").model_copy(update={"output": OUT})
+    model = load_model(OUT / "model.pt") if (OUT / "model.pt").exists() else train(config, resume=True)
+    about = describe_frames(read_frames(DATA / "ethanol_300K.h5"))
+    text = (
+        "An equivariant network was trained plainly, then with dropout masks under a likelihood; what the spread of its "
+        "samples is worth was fitted on frames that it had not seen."
+    )
+    pictures = [save_figure(training_figure(OUT / "log.csv"), OUT / "training.png")]
+    return model, [
+        (
+            "Training",
+            f"{text}\n\nData\n  {indent(about)}\n\nModel\n  {indent(describe_model(model))}",
+            pictures,
+        )
+    ]
+
+
+def evaluated(model: TrainedModel) -> list[Section]:
+    """Compare with the reference at 300 K, 600 K and 1200 K."""
+    print("2/4  errors and error bars at 300 K (held out), 600 K and 1200 K")
+    held_out = json.loads((OUT / "split.json").read_text(encoding="utf-8"))["validation"]
+    numbers = [int(source.rpartition("#")[2]) for source in held_out]
+    everything = read_frames(DATA / "ethanol_300K.h5")
+    sets = {
+        "300 K": [everything[i] for i in numbers],
+        "600 K": read_frames(DATA / "ethanol_600K.h5"),
+        "1200 K": read_frames(DATA / "ethanol_1200K.h5"),
+    }
+    sections = []
+    for name, frames in sets.items():
+        result: Evaluation = evaluate(model, frames, n_samples=SAMPLES)
+        table = evaluation_table(result)
+        print(f"\n{name}\n{table}")
+        stem = name.replace(" ", "")
+        pictures = [
+            save_figure(parity_figure(result, name), OUT / f"parity_{stem}.png"),
+            save_figure(sigma_figure(result, name), OUT / f"sigma_{stem}.png"),
+        ]
+        text = (
+            "Left: predictions against the reference. Right of them: |error| against σ, which honest error bars keep in the "
+            f"grey band, and how many errors lie inside their intervals.\n\n  {indent(table)}"
+        )
+        sections.append((f"Ethanol at {name}", text, pictures))
+    return sections
+
+
+def simulated(model: TrainedModel) -> list[Section]:
+    """Run dynamics with error bars at the temperature of the training and far above."""
+    print("\n3/4  molecular dynamics with error bars")
+    start = read_frames(DATA / "ethanol_300K.h5")[0].to_atoms()
+    threshold = model.calibration.threshold("max_force", 0.95) if model.calibration else None
+    sections = []
+    for name, ensemble, temperature in (
+        ("NVE, 300 K", NVE(), 300.0),
+        ("Langevin, 1200 K", NVT(0.02), 1200.0),
+    ):
+        calculator = DropoutCalculator(model, n_samples=8)
+        folder = OUT / f"md_{temperature:.0f}K"
+        run = run_md(
+            start.copy(), calculator, folder, ensemble=ensemble, temperature=temperature, steps=600, record_every=5,
+            threshold=threshold,
+        )  # fmt: skip
+        print(run.summary())
+        picture = save_figure(md_figure(run.rows, run.flagged, run.threshold), folder / "md.png")
+        text = (
+            "The masks are fixed, so the mean of the samples is one smooth potential and the total energy stays level in NVE. "
+            f"Red lines mark the moments that the model flags.\n\n  {indent(run.summary())}"
+        )
+        sections.append((f"Dynamics: {name}", text, [picture]))
+    return sections
+
+
+def flagged(model: TrainedModel) -> Section:
+    """Flag what the model does not know among frames of all temperatures."""
+    print("\n4/4  flagging uncertain frames")
+    frames = [
+        frame for temperature in (300, 600, 1200) for frame in read_frames(DATA / f"ethanol_{temperature}K.h5")[:60]
+    ]
+    flags = flag(model, frames, n_samples=SAMPLES)
+    write_frames(OUT / "flagged.xyz", flags.flagged)
+    print(flags.summary())
+    picture = save_figure(
+        flag_figure(flags.values, flags.threshold, flags.criterion, UNITS[flags.criterion]), OUT / "flags.png"
+    )
+    text = (
+        "60 frames each at 300 K, 600 K and 1200 K, in this order, judged by their largest atomic force σ alone; the "
+        "threshold is the level that 95 % of the calibration frames stay below. "
+        "Those above are in flagged.xyz, most uncertain first, with σ "
+        f"per atom: send them to the reference method and train again.\n\n  {indent(flags.summary())}"
+    )
+    return "Flagged frames", text, [picture]
+
+
+def indent(text: str) -> str:
+    """Indent a block, which the page then shows as it is."""
+    return text.replace("\n", "\n  ")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TrainingInterrupted as error:
+        sys.exit(f"{error}; or run the demo again")

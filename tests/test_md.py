@@ -1,0 +1,115 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.io import read
+
+from forcedrop import DropoutCalculator, read_frames, run_md
+from forcedrop.md import NPT, NVE, NVT, energy_drift
+from forcedrop.training import TrainedModel
+from tests.conftest import ethanol, make_potential
+
+
+def crystal(repeat: int = 1) -> Atoms:
+    return bulk("Cu", a=3.62, cubic=True).repeat((repeat, 1, 1))
+
+
+def test_files_hold_every_recorded_step_with_sigma(trained, tmp_path) -> None:
+    calculator = DropoutCalculator(trained, n_samples=4)
+    run = run_md(crystal(), calculator, tmp_path, steps=25, timestep=2.0, record_every=10, threshold=0.0)
+    assert [row["step"] for row in run.rows] == [0, 10, 20, 25]
+    with (tmp_path / "md.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(r["total_eV"]) for r in rows] == [r["total_eV"] for r in run.rows]
+    assert len(read(tmp_path / "md.traj", ":")) == 4
+    frames = read_frames(tmp_path / "md.h5")
+    assert len(frames) == 4
+    last = frames[-1]
+    atoms = last.to_atoms()
+    atoms.calc = calculator
+    np.testing.assert_allclose(last.arrays["forces_uncertainty"], calculator.get_property("forces_uncertainty", atoms))
+    np.testing.assert_allclose(last.forces, atoms.get_forces(), atol=1e-12)
+    sigma = np.linalg.norm(last.arrays["forces_uncertainty"], axis=1)
+    assert run.rows[-1]["max_force_sigma_eV_A"] == pytest.approx(sigma.max())
+    assert last.info["temperature_K"] == run.rows[-1]["temperature_K"]
+    assert run.flagged == [0.0, 20.0, 40.0, 50.0]
+    summary = json.loads((tmp_path / "md.json").read_text())
+    assert summary["settings"]["n_samples"] == 4
+    assert "flagged" in run.summary()
+
+
+def test_same_seed_same_run(trained, tmp_path) -> None:
+    for ensemble in (NVE(), NVT(0.02), NPT(1.0)):
+        runs = [
+            run_md(
+                crystal(),
+                DropoutCalculator(trained, 3),
+                tmp_path / str(k),
+                ensemble=ensemble,
+                steps=12,
+                timestep=2.0,
+            )
+            for k in range(2)
+        ]
+        assert runs[0].rows == runs[1].rows
+        other = run_md(
+            crystal(),
+            DropoutCalculator(trained, 3),
+            tmp_path / "c",
+            ensemble=ensemble,
+            steps=12,
+            timestep=2.0,
+            seed=1,
+        )
+        assert other.rows[-1] != runs[0].rows[-1]
+
+
+def test_nvt_reaches_its_temperature(trained, tmp_path) -> None:
+    run = run_md(
+        crystal(2), DropoutCalculator(trained, 2), tmp_path, ensemble=NVT(0.05), temperature=400, steps=600,
+        timestep=3.0, record_every=3,
+    )  # fmt: skip
+    temperature = np.mean([row["temperature_K"] for row in run.rows[30:]])
+    assert temperature == pytest.approx(400, rel=0.2)
+
+
+def test_npt_has_pressure_with_error_bars_and_moves_the_cell(trained, tmp_path) -> None:
+    atoms = crystal()
+    run = run_md(
+        atoms, DropoutCalculator(trained, 3), tmp_path, ensemble=NPT(pressure=2.0, barostat_time=200), steps=60,
+        timestep=2.0,
+    )  # fmt: skip
+    volumes = [row["volume_A3"] for row in run.rows]
+    assert np.ptp(volumes) > 1e-3
+    assert all(row["pressure_sigma_GPa"] > 0 for row in run.rows)
+    stress, kinetic = atoms.get_stress(), 2 * atoms.get_kinetic_energy() / (3 * atoms.get_volume())
+    assert run.rows[-1]["pressure_GPa"] == pytest.approx((-stress[:3].mean() + kinetic) * 160.21766208, rel=1e-6)
+    with pytest.raises(ValueError, match="periodic in all directions"):
+        run_md(ethanol(), DropoutCalculator(TrainedModel(make_potential()), 2), tmp_path, ensemble=NPT())
+
+
+def test_sigma_is_recorded_where_uncertainty_every_would_skip_it(trained, tmp_path) -> None:
+    calculator = DropoutCalculator(trained, 3, uncertainty_every=1000)
+    run = run_md(crystal(), calculator, tmp_path, steps=20, timestep=2.0, record_every=5)
+    assert all(row["max_force_sigma_eV_A"] > 0 for row in run.rows)
+
+
+def test_velocities_are_kept_on_request(trained, tmp_path) -> None:
+    atoms = crystal()
+    run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=1, timestep=0.001, velocities=False)
+    assert np.abs(atoms.get_velocities()).max() < 1e-3
+
+
+def test_bad_settings(trained, tmp_path) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        run_md(crystal(), DropoutCalculator(trained, 2), tmp_path, steps=0)
+
+
+def test_drift_of_a_line() -> None:
+    rows = [{"time_fs": 100.0 * k, "total_eV": 5 + 0.002 * 0.1 * k} for k in range(10)]
+    drift = energy_drift(rows, n_atoms=4)
+    assert drift.mean == pytest.approx(0.5)
+    assert drift.fluctuation == pytest.approx(0, abs=1e-9)
