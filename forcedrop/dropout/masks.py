@@ -15,7 +15,8 @@ from torch import Tensor
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-_BITS = 31
+UNIFORM_BITS = 31
+"""How many random bits decide over a unit."""
 
 
 def check_rate(p: float) -> float:
@@ -29,6 +30,7 @@ def check_rate(p: float) -> float:
     return float(p)
 
 
+@torch.compiler.assume_constant_result
 def site_key(seed: int, site: str) -> int:
     """Return the signed 64-bit key of a dropout site, from the user's seed and the site's name."""
     digest = hashlib.sha256(f"{int(seed)}/{site}".encode()).digest()
@@ -50,7 +52,7 @@ def mix(x: Tensor) -> Tensor:
 def random_bits(key: int, samples: Tensor, units: Tensor) -> Tensor:
     r"""Return uniform integers in [0, 2³¹), shape (K, n), for samples (K,) and units (n,), both int64."""
     per_sample = mix(mix(samples) ^ key)
-    return _shift_right(mix(per_sample[:, None] ^ mix(units)[None, :]), 64 - _BITS)
+    return _shift_right(mix(per_sample[:, None] ^ mix(units)[None, :]), 64 - UNIFORM_BITS)
 
 
 def keep_mask(bits: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,7 +61,7 @@ def keep_mask(bits: Tensor, p: float, dtype: torch.dtype | None = None) -> Tenso
     Raises:
         ValueError: if ``p`` is not in [0, 1).
     """
-    threshold = round(check_rate(p) * (1 << _BITS))
+    threshold = round(check_rate(p) * (1 << UNIFORM_BITS))
     return (bits >= threshold).to(dtype or torch.get_default_dtype()) / (1.0 - p)
 
 
