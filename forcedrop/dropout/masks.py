@@ -30,7 +30,7 @@ def check_rate(p: float) -> float:
     return float(p)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def site_key(seed: int, site: str) -> int:
     """Return the signed 64-bit key of a dropout site, from the user's seed and the site's name."""
     digest = hashlib.sha256(f"{int(seed)}/{site}".encode()).digest()

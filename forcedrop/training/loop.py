@@ -17,11 +17,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.graph import AtomicGraph, batch_graphs
+from forcedrop.graph import AtomicGraph, batch_graphs, pair_vectors
 from forcedrop.potential import Potential
 from forcedrop.sampling import draw_masks, predict, reduce_samples
 from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import likelihood_loss, plain_loss, squared_errors
+
+
+_CENTRE_FRAMES = 64
+"""Training frames on which the dropout sites' usual activations are measured."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -124,6 +128,9 @@ class Trainer:
         settings = self.config.optimiser
         if self.best:
             self.potential.load_state_dict(self.best)
+        if self.progress.stage == 1:
+            batch = batch_graphs(self.graphs[:_CENTRE_FRAMES]).to(self.device)
+            self.potential.measure_centres(batch, pair_vectors(batch, 2 * self.potential.config.cutoff))
         self.optimiser = torch.optim.AdamW(
             self.potential.parameters(), lr=0.0, amsgrad=True, weight_decay=settings.weight_decay
         )

@@ -46,11 +46,14 @@ def likelihood_loss(
     scale: Tensor,
     mean_weight: float,
     floor: float = 1e-3,
+    beta: float = 0.5,
 ) -> Tensor:
-    """Return the Gaussian negative log-likelihood of mean and spread over the samples, plus the mean's squared errors.
+    r"""Return the Gaussian negative log-likelihood of mean and spread over the samples, plus the mean's squared errors.
 
     ½(error²/σ² + ln σ²) with σ² the samples' variance (ddof 1) plus ``floor``² (in units of ``scale``), of energies per √N,
-    force components and virials per √N. Source: Lakshminarayanan, Pritzel & Blundell, NeurIPS 2017, eq. 1.
+    force components and virials per √N. Source: Lakshminarayanan, Pritzel & Blundell, NeurIPS 2017, eq. 1. Each entry is
+    weighted by :math:`\sigma^{2\beta}` over its mean, without gradient, so that entries of small σ do not drown the others
+    (Seitzer, Tavakoli, Antic & Martius, ICLR 2022, eq. 5); ``beta`` 0 is the plain likelihood.
     """
     terms = residuals(samples, batch, scale)
     present = (batch.has_energy, batch.has_forces[batch.batch], batch.has_stress)
@@ -58,8 +61,9 @@ def likelihood_loss(
     for error, has, weight in zip(terms, present, (weights.energy, weights.forces, weights.stress), strict=True):
         square = error.mean(0).square()
         variance = error.var(0, correction=1) + floor**2
-        nll = 0.5 * (square / variance + variance.log())
-        loss = loss + weight * _mean(nll + mean_weight * square / square.detach().mean().clamp(min=floor**2), has)
+        share = variance.detach() ** beta
+        nll = 0.5 * (square / variance + variance.log()) * share / _mean(share, has).clamp(min=1e-12)
+        loss = loss + weight * _mean(nll + mean_weight * square / _mean(square.detach(), has).clamp(min=floor**2), has)
     return loss
 
 

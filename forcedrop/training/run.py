@@ -54,7 +54,6 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
     state = _load_checkpoint(config) if resume else None
     if state is None and (out / CHECKPOINT).exists():
         raise ConfigError(f"{out} holds a training already; go on with it (--resume) or choose another `output`")
-    out.mkdir(parents=True, exist_ok=True)
     data = prepare_data(config)
     _describe(data)
     if state is not None and state["data_hash"] != content_hash(data.split.train):
@@ -65,6 +64,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
     validation = build_graphs(data.split.validation, config.model.cutoff, dtype, "validation lists")
     potential = build_potential(config, data, graphs, device, dtype)
     trainer = Trainer(potential, graphs, validation, config, data.energy_scale)
+    out.mkdir(parents=True, exist_ok=True)
     if state is not None:
         trainer.load_state_dict(state["trainer"])
     _write_split(out, data)

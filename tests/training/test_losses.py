@@ -38,7 +38,7 @@ def test_likelihood_against_scipy() -> None:
     out = derive(make_potential(), b)
     generator = torch.Generator().manual_seed(0)
     samples = Derived(*(x + 0.1 * torch.randn(6, *x.shape, generator=generator, dtype=x.dtype) for x in out))
-    got = likelihood_loss(samples, b, LossSection(energy=0, forces=1, stress=0), SCALE, mean_weight=0.0)
+    got = likelihood_loss(samples, b, LossSection(energy=0, forces=1, stress=0), SCALE, mean_weight=0.0, beta=0.0)
     f = samples.forces[:, :9] / SCALE
     sigma = (f.var(0, correction=1) + 1e-6).sqrt()
     expected = -norm.logpdf(0.2 / float(SCALE), f.mean(0), sigma).mean() - 0.5 * np.log(2 * np.pi)
