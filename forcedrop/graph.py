@@ -21,12 +21,13 @@ shifts ±x, ±y, ±z; the reverse of +x is −x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 from vesin import NeighborList
 
@@ -138,6 +139,17 @@ def batch_graphs(graphs: Sequence[AtomicGraph]) -> Batch:
     batch.nbr, batch.nbr_reverse = nbr.reshape(n, width), reverse.reshape(n, width)
     batch.nbr_shift, batch.nbr_used = shift.reshape(n, width, 3), used.reshape(n, width)
     return batch
+
+
+def graph_loader(
+    graphs: Sequence[AtomicGraph], batches: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
+) -> DataLoader[AtomicGraph]:
+    """Return a loader that yields one ``Batch`` for each list of indices in ``batches``, in their order."""
+    dataset: Any = graphs
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=batch_graphs, num_workers=workers, pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader draws a seed for workers; not from the global generator
+    )  # fmt: skip
 
 
 def pair_vectors(batch: Batch, pad: float) -> Tensor:

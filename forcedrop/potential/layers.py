@@ -134,11 +134,12 @@ class SpeciesWeights(nn.Module):
 
 
 class Masked(nn.Module):
-    r"""A dropout site on scalars: the mask multiplies the deviation from the element's usual activation, :math:`x + (x - \bar x)(m - 1)`.
+    r"""A dropout site on scalars: the mask multiplies the deviation from the element's usual activation.
 
-    The centre :math:`\bar x` is measured once on training data and stored; it starts at 0, which is plain dropout. With it a
-    dropped channel falls back to what it usually says instead of to nothing: samples differ in how energies *change*, not by
-    constant offsets, and their spread grows with the distance from the usual. A mask of ones changes no bit.
+    :math:`x + (x - \bar x)(m - 1)`. The centre :math:`\bar x` is measured once on training data and stored; it starts at 0, which
+    is plain dropout. With it a dropped channel falls back to what it usually says instead of to nothing: samples differ in how
+    energies *change*, not by constant offsets, and their spread grows with the distance from the usual. A mask of ones changes
+    no bit.
     """
 
     centre: Tensor

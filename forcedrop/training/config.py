@@ -117,6 +117,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(5, ge=1, description="structures a step")
     eval_batch_size: int = Field(16, ge=1)
     seed: int = 0
+    workers: int = Field(0, ge=0, description="processes that prepare batches; 0 does it in the training process")
     device: str = Field("auto", description="cpu, cuda, cuda:1 … or auto")
     precision: Literal["float32", "float64"] = "float32"
     checkpoint_seconds: float = Field(60.0, ge=0, description="a resumable checkpoint at most this often")

@@ -17,12 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.graph import AtomicGraph, batch_graphs, pair_vectors
+from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader, pair_vectors
 from forcedrop.potential import Potential
 from forcedrop.sampling import draw_masks, predict, reduce_samples
 from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import likelihood_loss, plain_loss, squared_errors
-
 
 _CENTRE_FRAMES = 64
 """Training frames on which the dropout sites' usual activations are measured."""
@@ -145,14 +144,15 @@ class Trainer:
         warm = min(1.0, (now + 1) / (settings.warmup_steps + 1))
         return base * warm * 0.5 * (1 + math.cos(math.pi * now / total))
 
-    def batches(self) -> Iterator[tuple[list[AtomicGraph], Batch]]:
+    def batches(self) -> Iterator[Batch]:
         """Yield what is left of this epoch; the order depends on (seed, stage, epoch) alone."""
         where = (self.config.seed * 2 + self.progress.stage) * 1_000_003 + self.progress.epoch
         order = torch.randperm(len(self.graphs), generator=torch.Generator().manual_seed(where)).tolist()
         size = self.config.batch_size
-        for first in range(self.progress.step * size, len(order), size):
-            graphs = [self.graphs[i] for i in order[first : first + size]]
-            yield graphs, batch_graphs(graphs).to(self.device)
+        left = [order[first : first + size] for first in range(self.progress.step * size, len(order), size)]
+        pin = self.device.type == "cuda"
+        for batch in graph_loader(self.graphs, left, workers=self.config.workers, pin_memory=pin):
+            yield batch.to(self.device, non_blocking=pin)
 
     def run_step(self, batch: Batch) -> Tensor:
         """Take one step and return the loss.

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch_geometric.data import Batch
 from tqdm import tqdm
 
 import forcedrop
@@ -116,11 +117,11 @@ def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: b
             save()
         while trainer.progress.stage < 2:
             stage = trainer.progress.stage
-            for graphs, batch in trainer.batches():
+            for batch in trainer.batches():
                 try:
                     trainer.run_step(batch)
                 except TrainingDiverged as error:
-                    raise TrainingDiverged(_divergence(error, trainer, graphs, out)) from None
+                    raise TrainingDiverged(_divergence(error, trainer, batch, out)) from None
                 bar.update()
                 if time.monotonic() - last_saved > config.checkpoint_seconds:
                     save()
@@ -172,8 +173,8 @@ def _finish(
 
 def _settings(config: TrainConfig) -> str:
     """Return what must not change between a training and its resumption; of the data, the hash says more than the path."""
-    files = {"train", "validation", "isolated_atoms"}
-    return config.model_dump_json(exclude={"output": True, "device": True, "checkpoint_seconds": True, "data": files})
+    free: Any = dict.fromkeys(("output", "device", "workers", "checkpoint_seconds"), True)
+    return config.model_dump_json(exclude={**free, "data": {"train", "validation", "isolated_atoms"}})
 
 
 def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
@@ -217,8 +218,8 @@ def _stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def _divergence(error: Exception, trainer: Trainer, graphs: list[AtomicGraph], out: Path) -> str:
-    sources = ", ".join(str(g.source) for g in graphs)
+def _divergence(error: Exception, trainer: Trainer, batch: Batch, out: Path) -> str:
+    sources = ", ".join(batch.source)
     where = f"stage {trainer.progress.stage + 1}, epoch {trainer.progress.epoch + 1}, step {trainer.progress.step + 1}"
     return f"{error} at {where}, in a batch of {sources}. The last good checkpoint is {out / CHECKPOINT}"
 
