@@ -1,0 +1,224 @@
+"""One function sample for all dropout layers of a network, this library's and torch's own, for as long as a context lasts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from forcedrop.dropout.function import FunctionSample
+from forcedrop.dropout.site import DropoutSite, check_floating, inverted
+
+Forward = Callable[..., Any]
+
+TORCH_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+"""torch's layers that have a frozen form here."""
+
+UNSEEN = "torch.nn.functional.dropout called inside a forward() cannot be seen, make it a layer"
+"""A hint for errors."""
+
+_ALPHA = 1.7580993408473766  # −SELU(−∞) = scale · alpha of torch.nn.SELU
+
+
+@contextmanager
+def frozen(model: nn.Module, seed: int = 0, sample: int | Tensor = 0) -> Iterator[nn.Module]:
+    """Within the context, ``model`` is one function: all its masks are pure functions of (seed, sample, site name).
+
+    The masks are the same for every call and every entry of a batch, in training and in evaluation mode alike, which is left as
+    it is (``model.eval()`` is what batch norm wants). A site's name is its module's path in ``model``, so a part of a network,
+    frozen on its own, is another function. The first axis counts as the batch. Contexts nest; on leaving, also by an error, the
+    network is as before.
+
+    - **Layers of this library**: a layer that is used in several places has one mask there; give each place its own layer.
+    - **torch's dropout layers** (``nn.Dropout``, ``Dropout1d`` to ``3d``, ``AlphaDropout``, ``FeatureAlphaDropout``): each call
+      within one pass of ``model`` has its own mask, the n-th call the same one in every pass. ``inplace=True`` is not obeyed.
+    - **Modules that drop inside** (``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and ``nn.MultiheadAttention`` with ``dropout`` > 0, and
+      subclasses of torch's layers with a ``forward`` of their own) run in training mode under a seeded, forked random number
+      generator: the same call gives the same numbers, but masks differ between the entries of a batch and depend on its shape.
+    - ``torch.nn.functional.dropout`` called inside a ``forward``, and layers of other libraries, cannot be seen and are not
+      frozen; put a layer of one of the first two kinds there.
+
+    A network compiled by ``torch.compile``, outside or inside of the context, is frozen too. Not safe for threads that share
+    ``model``.
+
+    Args:
+        model: the network; changed for as long as the context lasts.
+        seed: the user's seed.
+        sample: the sample's index; an int, or an int64 tensor without axes (which ``torch.func.vmap`` may run over).
+
+    Yields:
+        ``model`` itself.
+
+    Raises:
+        ValueError: if ``model`` has no dropout layer, or a layer of torch's whose rate is 1.
+    """
+    if not dropout_sites(model):
+        raise ValueError(f"{type(model).__name__} has no dropout layer to freeze; {UNSEEN}")
+    with frozen_as(model, FunctionSample(seed, sample)):
+        yield model
+
+
+@contextmanager
+def frozen_as(model: nn.Module, function: FunctionSample) -> Iterator[None]:
+    """Freeze ``model`` to a given function sample; see :func:`frozen`."""
+    with ExitStack() as stack:
+        calls = _Calls()
+        for name, module in dropout_sites(model).items():
+            if isinstance(module, DropoutSite):
+                stack.callback(_set_function, module, module._function, module._site)
+                _set_function(module, function, name)
+            elif drops_inside(module):
+                _override(stack, module, _seeded(module, function, name, calls))
+            else:
+                _override(stack, module, _frozen_torch(module, function, name, calls))
+        _override(stack, model, calls.counting(model.forward))
+        # the fused kernel of nn.TransformerEncoderLayer passes by the dropout layers in evaluation mode
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+def dropout_sites(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of ``model`` that drop something, by path: this library's, torch's, and those that drop inside."""
+    return {
+        # torch.compile's wrapper is no part of the name, so that a compiled network is the same function
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
+        for name, module in model.named_modules()
+        if isinstance(module, (DropoutSite, *TORCH_LAYERS)) or drops_inside(module)
+    }
+
+
+def drops_inside(module: nn.Module) -> bool:
+    """Whether ``module`` draws masks where only a seeded random number generator can reach them."""
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, TORCH_LAYERS) and all(type(module).forward is not layer.forward for layer in TORCH_LAYERS)
+
+
+def torch_rate(layer: nn.Module) -> float:
+    """Return the rate of one of torch's dropout layers."""
+    return float(cast(nn.Dropout, layer).p)
+
+
+@contextmanager
+def seeded_rng(seed: int, *devices: torch.device) -> Iterator[None]:
+    """Seed torch's global generators of the CPU and of the GPUs among ``devices``, and restore them afterwards.
+
+    Raises:
+        ValueError: if a device is neither the CPU nor a CUDA device.
+    """
+    if other := {device.type for device in devices} - {"cpu", "cuda"}:
+        raise ValueError(f"seeded dropout needs tensors on the CPU or on CUDA devices, got {sorted(other)}")
+    gpus = sorted({device.index for device in devices if device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield
+
+
+class _Calls:
+    """Which call of a layer this is within one forward pass of the network; 0 if called from outside of one."""
+
+    def __init__(self) -> None:
+        self._inside = False
+        self._counts: dict[str, int] = {}
+
+    def name(self, site: str) -> str:
+        """Return the site's name for its next call."""
+        if not self._inside:
+            return site
+        count = self._counts.get(site, 0)
+        self._counts[site] = count + 1
+        return f"{site}#{count}" if count else site
+
+    def counting(self, original: Forward) -> Forward:
+        """Return the network's ``forward`` with the counts starting from 0."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # a network that calls itself
+                return original(*args, **kwargs)
+            self._inside, self._counts = True, {}
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        return forward
+
+
+def _set_function(site: DropoutSite, function: FunctionSample | None, name: str) -> None:
+    site._function, site._site = function, name
+
+
+def _override(stack: ExitStack, module: nn.Module, forward: Forward) -> None:
+    previous = vars(module).get("forward")
+
+    def restore() -> None:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+    module.forward = forward
+    stack.callback(restore)
+
+
+def _frozen_torch(module: nn.Module, function: FunctionSample, site: str, calls: _Calls) -> Forward:
+    p = torch_rate(module)
+    if p == 1:  # which torch allows
+        raise ValueError(f"`p` of the dropout layer {site!r} must lie in [0, 1), got {p}")
+    alpha = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+
+    def forward(input: Tensor) -> Tensor:
+        check_floating(input, type(module).__name__)
+        if not p:
+            return input
+        keep = function.keep(calls.name(site), p, _mask_shape(module, input), device=input.device)
+        return _alpha_drop(input, keep, p) if alpha else input * inverted(keep, p, input.dtype)
+
+    return forward
+
+
+def _mask_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Return the shape of a frozen mask of one of torch's layers: that of its fresh masks, with one entry for the batch."""
+    if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
+        return (1, *x.shape[1:]) if x.dim() > 1 else tuple(x.shape)
+    # these two take inputs without a batch axis; the other layers of channels do not
+    unbatched = x.dim() == (2 if isinstance(module, nn.Dropout1d) else 4 if isinstance(module, nn.Dropout3d) else None)
+    channel = 0 if unbatched else 1
+    if x.dim() < 2:
+        raise ValueError(f"{type(module).__name__} needs an input of 2 axes or more, got shape {tuple(x.shape)}")
+    return tuple(size if axis == channel else 1 for axis, size in enumerate(x.shape))
+
+
+def _alpha_drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """Klambauer et al., arXiv 1706.02515 (2017), section 3: dropped units become −α, then mean and variance are restored."""
+    a = 1 / math.sqrt((1 - p) * (1 + p * _ALPHA**2))
+    kept = keep.to(x.dtype)
+    return x * (kept * a) + ((kept - 1) * (_ALPHA * a) + _ALPHA * a * p)
+
+
+def _seeded(module: nn.Module, function: FunctionSample, site: str, calls: _Calls) -> Forward:
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        high, low = function.bits(calls.name(site), torch.arange(2)).tolist()
+        tensors = [*module.parameters(), *(arg for arg in args if isinstance(arg, Tensor))]
+        devices = {tensor.device for tensor in tensors}
+        training = module.training
+        module.training = True
+        try:
+            # cuDNN keeps a dropout state of its own, which no seed resets
+            with seeded_rng(high << 31 | low, *devices), torch.backends.cudnn.flags(enabled=False):
+                return original(*args, **kwargs)
+        finally:
+            module.training = training
+
+    return forward

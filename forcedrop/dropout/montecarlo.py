@@ -1,0 +1,203 @@
+"""Monte-Carlo dropout: n function samples of any network with dropout layers, in one vectorised pass where that is possible.
+
+Source: Gal & Ghahramani, ICML 2016 (arXiv 1506.02142), with masks that are functions: see :mod:`forcedrop.dropout.function`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forcedrop.dropout.freeze import UNSEEN, dropout_sites, drops_inside, frozen_as, seeded_rng, torch_rate
+from forcedrop.dropout.function import FunctionSample
+from forcedrop.dropout.masks import site_key
+from forcedrop.dropout.site import DropoutSite
+
+
+def mc_samples(
+    model: nn.Module,
+    inputs: Any,
+    n: int,
+    seed: int = 0,
+    *,
+    chunk: int | None = None,
+    vectorised: bool | None = None,
+) -> Any:
+    """Return ``n`` samples of a network's output, the sample axis first.
+
+    Sample k is the network under the function sample (seed, k), as ``frozen(model, seed, k)`` makes it: its masks are shared by
+    all entries of a batch and do not depend on ``n``, ``chunk`` or anything computed before. Everything but the dropout layers
+    runs in evaluation mode (batch norm uses its running statistics); all flags are restored. No global random number generator
+    is used up; the same call gives the same bits. Gradients flow; without need of them call under ``torch.no_grad()``.
+
+    All samples are computed in one pass by ``torch.func.vmap``. Where that is impossible (modules that drop inside, see
+    :func:`~forcedrop.dropout.freeze.frozen`; control flow that depends on values; ``torch.autograd.grad`` inside the network …)
+    they are computed one after the other, with a ``RuntimeWarning`` that gives the reason unless ``vectorised=False`` asked for
+    it. Both ways give the same numbers up to rounding.
+
+    Args:
+        model: any network with dropout layers, of this library or torch's; see :func:`~forcedrop.dropout.freeze.frozen` for what
+            is seen and what is not.
+        inputs: what the network is called with: a tuple is unpacked into its arguments, a dict into its keyword arguments,
+            anything else is the only argument.
+        n: how many samples.
+        seed: the user's seed.
+        chunk: how many samples share a pass; all by default. Smaller chunks need less memory.
+        vectorised: True refuses to go one by one, False always does, None decides.
+
+    Returns:
+        A tensor of shape (n, …), or, as the network's output, a tuple, list or dict of such tensors, nested or not.
+
+    Raises:
+        ValueError: if there is no dropout layer, if all rates are 0, if no dropout layer is reached by the forward pass (all
+            samples would be equal: that is no error bar), if ``n`` or ``chunk`` is not positive, or if ``vectorised=True`` and
+            a module drops inside.
+        TypeError: if the output contains anything else than tensors.
+    """
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {chunk}")
+    sites = _active_sites(model)
+    run = _Run(model, inputs, seed, n)
+    with evaluation_mode(model):
+        outputs = run.loop() if vectorised is False else _vectorised_or_not(run, sites, chunk, must=bool(vectorised))
+    if not run.reached:
+        raise ValueError(
+            f"the forward pass of {type(model).__name__} in evaluation mode reaches none of its dropout layers ({_names(sites)}),"
+            " so all samples would be equal"
+        )
+    return outputs
+
+
+@dataclass(frozen=True)
+class _Watched(FunctionSample):
+    """A function sample that tells when a site asks which sample it is, as every mask must."""
+
+    asked: Callable[[], None]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "sample":
+            object.__getattribute__(self, "asked")()
+        return object.__getattribute__(self, name)
+
+
+@dataclass
+class _Run:
+    """One call of :func:`mc_samples`."""
+
+    model: nn.Module
+    inputs: Any
+    seed: int
+    n: int
+    reached: bool = False
+
+    def reach(self) -> None:
+        self.reached = True
+
+    def one(self, sample: int | Tensor) -> Any:
+        with frozen_as(self.model, _Watched(self.seed, sample, self.reach)):
+            return call_with(self.model, self.inputs)
+
+    def vectorised(self, chunk: int | None) -> Any:
+        samples = torch.arange(self.n, device=_device(self.model, self.inputs))
+        return torch.func.vmap(self.one, randomness="error", chunk_size=chunk)(samples)
+
+    def loop(self) -> Any:
+        device = _device(self.model, self.inputs)
+        seeded = [device] if device.type == "cuda" else []
+        outputs = []
+        for sample in range(self.n):
+            # whatever else is random in the network becomes a function of (seed, sample) too
+            with seeded_rng(site_key(self.seed, f"sample {sample}"), *seeded):
+                outputs.append(self.one(sample))
+        return _stack(outputs)
+
+
+def _vectorised_or_not(run: _Run, sites: dict[str, nn.Module], chunk: int | None, *, must: bool) -> Any:
+    inside = {name: module for name, module in sites.items() if drops_inside(module)}
+    reason = f"masks are drawn inside of {_names(inside)}" if inside else ""
+    if must and inside:
+        raise ValueError(f"`vectorised=True` is impossible: {reason}")
+    if not inside:
+        try:
+            return run.vectorised(chunk)
+        except Exception as error:
+            if must:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+    outputs = run.loop()  # raises the error again if it was not about vectorisation
+    warnings.warn(
+        f"mc_samples ran {run.n} passes one by one (vectorised=False does so without this warning): {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return outputs
+
+
+def _active_sites(model: nn.Module) -> dict[str, nn.Module]:
+    sites = dropout_sites(model)
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no dropout layer, so it has no samples; {UNSEEN}")
+    with frozen_as(model, FunctionSample(0, 0)):
+        active = {name: site for name, site in sites.items() if _is_active(site)}
+    if not active:
+        raise ValueError(
+            f"all dropout layers of {type(model).__name__} have rate 0 ({_names(sites)}): no error bar, not a σ of 0"
+        )
+    return active
+
+
+def _is_active(site: nn.Module) -> bool:
+    if isinstance(site, DropoutSite):
+        return site.active
+    return drops_inside(site) or torch_rate(site) > 0
+
+
+def _names(sites: dict[str, nn.Module]) -> str:
+    return ", ".join(f"{name or 'the network itself'} ({type(site).__name__})" for name, site in sites.items())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set every module's flag to evaluation, and on leaving each one to what it was."""
+    # by the flags themselves: some networks do more in train() and eval() than set them
+    flags = {module: module.training for module in model.modules()}
+    try:
+        for module in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def call_with(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` with a tuple of arguments, a dict of keyword arguments, or a single argument."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def _device(model: nn.Module, inputs: Any) -> torch.device:
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs]
+    tensors = [*(value for value in values if isinstance(value, Tensor)), *model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _stack(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.stack(outputs)
+    if isinstance(first, dict):
+        return {key: _stack([output[key] for output in outputs]) for key in first}
+    if isinstance(first, tuple | list):
+        parts = [_stack(list(part)) for part in zip(*outputs, strict=True)]
+        return type(first)(parts) if type(first) in (tuple, list) else type(first)(*parts)  # a NamedTuple
+    raise TypeError(f"the network must return tensors, or tuples, lists or dicts of them, got {type(first).__name__}")
