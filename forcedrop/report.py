@@ -115,7 +115,7 @@ def training_figure(log: str | Path) -> Figure:
         axes.plot(minutes, [row[f"train_{name}"] for row in rows], color=_GREY, lw=1, label="training")
         axes.plot(minutes, [row[f"val_{name}"] for row in rows], color=_BLUE, label="validation")
         if any(second):
-            axes.axvline(minutes[second.index(True)], color=_RED, lw=0.8, ls="--", label="dropout stage")
+            axes.axvline(minutes[second.index(True)], color=_RED, lw=0.8, ls="--", label="stage two")
         axes.set_yscale("log")
         axes.set_xlabel("time [min]")
         axes.set_ylabel(f"RMSE of {'forces' if 'forces' in name else 'energy'} [{unit}]")

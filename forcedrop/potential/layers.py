@@ -133,31 +133,6 @@ class SpeciesWeights(nn.Module):
         return x * (one_hot @ self.weight)
 
 
-class Masked(nn.Module):
-    r"""A dropout site on scalars: the mask multiplies the deviation from the element's usual activation.
-
-    :math:`x + (x - \bar x)(m - 1)`. The centre :math:`\bar x` is measured once on training data and stored; it starts at 0, which
-    is plain dropout. With it a dropped channel falls back to what it usually says instead of to nothing: samples differ in how
-    energies *change*, not by constant offsets, and their spread grows with the distance from the usual. A mask of ones changes
-    no bit.
-    """
-
-    centre: Tensor
-
-    def __init__(self, n_species: int, n_channels: int) -> None:
-        super().__init__()
-        self.register_buffer("centre", torch.zeros(n_species, n_channels))
-        self.measuring = False
-
-    def forward(self, x: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor:
-        """Mask scalars (N, C) of atoms whose elements are ``one_hot`` (N, n_species)."""
-        if self.measuring:
-            self.centre.copy_((one_hot.T @ x) / one_hot.sum(0).clamp(min=1)[:, None])
-        if mask is None:
-            return x
-        return x + (x - one_hot @ self.centre) * (mask - 1)
-
-
 class Update(nn.Module):
     """From three fields per channel to the branch that is added to an atom's scalars and vectors."""
 
@@ -187,10 +162,9 @@ class Message(nn.Module):
 
     index: Tensor
 
-    def __init__(self, n_species: int, n_channels: int, n_radial: int, l_max: int) -> None:
+    def __init__(self, n_channels: int, n_radial: int, l_max: int) -> None:
         super().__init__()
         self.n_radial, self.l_max = n_radial, l_max
-        self.masked = Masked(n_species, n_channels)
         self.scalars = Linear(n_channels, n_channels)
         self.vectors = Linear(n_channels, n_channels)
         self.radial = nn.Parameter(torch.randn(n_radial, l_max + 1, 2 * n_channels) / math.sqrt(2 * n_radial))
@@ -206,7 +180,6 @@ class Message(nn.Module):
         unit: Tensor,
         nbr: Tensor,
         reverse: Tensor,
-        one_hot: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
         """Return A, shape (S, N, C), from scalars (N, C), vectors (3, N, C) and the pairs (N, n·S, M).
@@ -215,9 +188,8 @@ class Message(nn.Module):
         """
         c = h.shape[1]
         s, v = self.scalars(h), self.vectors(v)
-        s = self.masked(s, one_hot, None if mask is None else mask[..., :c])
         if mask is not None:
-            v = v * mask[..., c:]
+            s, v = s * mask[..., :c], v * mask[..., c:]
         sent = gather_neighbours(torch.cat([s[None], v]).permute(1, 0, 2).flatten(1), nbr, reverse)
         sent = sent.unflatten(2, (4, c))
         along = (sent[:, :, 1:] * unit[..., None]).sum(2)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from forcedrop.potential.layers import Linear, Masked, Message, PairTensors, SphereNorm, TensorLinear, Update
+from forcedrop.potential.layers import Linear, Message, PairTensors, SphereNorm, TensorLinear, Update
 from forcedrop.potential.radial import BesselBasis
 from forcedrop.potential.zbl import ZBLRepulsion
 
@@ -33,8 +33,8 @@ class DropoutRates:
 
     edge: float = 0.0
     message: float = 0.0
-    update: float = 0.2
-    readout: float = 0.5
+    update: float = 0.1
+    readout: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ class Layer(nn.Module):
             self.norm = SphereNorm(config.l_max)
             self.fields = TensorLinear([config.n_radial * n_species] * (config.l_max + 1), 3 * c)
         else:
-            self.message = Message(n_species, c, config.n_radial, config.l_max)
-            self.masked = Masked(n_species, c)
+            self.message = Message(c, config.n_radial, config.l_max)
             self.fields = TensorLinear([2 * c] * 2 + [c] * (config.l_max - 1), 3 * c)
             self.skip = Linear(c, c)
         self.update = Update(n_species, c, config.l_max, vectors=not last)
@@ -144,7 +143,6 @@ class Potential(nn.Module):
         self.readouts = nn.ModuleList(Linear(c, 1, gain=0.1) for _ in range(last))
         self.hidden = Linear(c, config.n_hidden)
         self.hidden_bias = nn.Parameter(torch.zeros(config.n_hidden))
-        self.masked = Masked(n_species, config.n_hidden)
         self.output = Linear(config.n_hidden, 1, gain=0.1)
         self.species_bias = nn.Parameter(torch.zeros(n_species, 1))
         self.zbl = ZBLRepulsion(config.elements) if config.zbl else None
@@ -220,14 +218,14 @@ class Potential(nn.Module):
                 branch = layer.update(fields, one_hot)
                 h, v = branch[0], branch[1:]
             else:
-                mask = masks.get(f"layers.{t}.message")
-                fields = self._message_fields(layer, h, v, carried, unit, graph, one_hot, mask)
+                fields = self._message_fields(layer, h, v, carried, unit, graph, masks.get(f"layers.{t}.message"))
                 branch = layer.update(fields, one_hot)
-                h, v = self._add(layer, h, v, branch, one_hot, masks.get(f"layers.{t}.update"))
+                h, v = self._add(layer.skip, h, v, branch, masks.get(f"layers.{t}.update"))
             if t < len(self.readouts):
                 energy = energy + self.readouts[t](h)
         hidden = nn.functional.silu(self.hidden(h) + self.hidden_bias)
-        hidden = self.masked(hidden, one_hot, masks.get("readout.hidden"))
+        if (mask := masks.get("readout.hidden")) is not None:
+            hidden = hidden * mask
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0] * self.energy_scale
         if self.zbl is not None:
             energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
@@ -247,44 +245,33 @@ class Potential(nn.Module):
         pairs: Tensor,
         unit: Tensor,
         graph: GraphInputs,
-        one_hot: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        a = layer.message(h, v, pairs, unit, graph.nbr, graph.reverse, one_hot, mask)
+        a = layer.message(h, v, pairs, unit, graph.nbr, graph.reverse, mask)
         parts = [torch.cat([a[:1], h[None]], -1), torch.cat([a[1:4], v], -1)]
         parts += [a[l * l : (l + 1) ** 2] for l in range(2, self.config.l_max + 1)]  # noqa: E741
         return layer.fields(parts)
 
     @staticmethod
-    def _add(
-        layer: Any, h: Tensor, v: Tensor, branch: Tensor, one_hot: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Add the (masked) branch to the stream; the last layer has no vectors."""
+    def _add(skip: nn.Module, h: Tensor, v: Tensor, branch: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         scalars, vectors = branch[0], branch[1:]
         c = scalars.shape[-1]
-        scalars = layer.masked(scalars, one_hot, None if mask is None else mask[..., :c])
-        if not len(vectors):
-            return layer.skip(h) + scalars, vectors
-        return layer.skip(h) + scalars, v + (vectors if mask is None else vectors * mask[..., c:])
+        if mask is not None:
+            scalars = scalars * mask[..., :c]
+            vectors = vectors * mask[..., c:] if len(vectors) else vectors
+        return skip(h) + scalars, v + vectors if len(vectors) else vectors
 
     def measure_norms(self, batch: Batch, vec: Tensor) -> None:
         """Measure and store every root mean square on one batch of data, layer after layer, in one pass."""
-        self._measure(SphereNorm, batch, vec)
-
-    def measure_centres(self, batch: Batch, vec: Tensor) -> None:
-        """Measure and store the usual activations at the dropout sites, per element, on one batch of data."""
-        self._measure(Masked, batch, vec)
-
-    def _measure(self, kind: type[SphereNorm | Masked], batch: Batch, vec: Tensor) -> None:
-        found: list[Any] = [m for m in self.modules() if isinstance(m, kind)]
-        for module in found:
-            module.measuring = True
+        norms = [m for m in self.modules() if isinstance(m, SphereNorm)]
+        for norm in norms:
+            norm.measuring = True
         try:
             with torch.no_grad():
                 self(vec, self.inputs(batch))
         finally:
-            for module in found:
-                module.measuring = False
+            for norm in norms:
+                norm.measuring = False
 
     def extra_repr(self) -> str:
         """Say the elements and the number of parameters."""

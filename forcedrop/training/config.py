@@ -56,8 +56,8 @@ class DropoutSection(_Section):
 
     edge: float = Field(0.0, ge=0, lt=1, description="one bit per pair of atoms")
     message: float = Field(0.0, ge=0, lt=1, description="channels of what is sent to neighbours")
-    update: float = Field(0.2, ge=0, lt=1, description="channels of what a layer adds")
-    readout: float = Field(0.5, ge=0, lt=1, description="hidden channels of the last readout")
+    update: float = Field(0.1, ge=0, lt=1, description="channels of what a layer adds")
+    readout: float = Field(0.3, ge=0, lt=1, description="hidden channels of the last readout")
 
 
 class LossSection(_Section):
@@ -79,17 +79,18 @@ class OptimiserSection(_Section):
 
 
 class StageOneSection(_Section):
-    """Plain training, without masks."""
+    """Training on squared errors."""
 
     epochs: int = Field(200, ge=1)
+    dropout: bool = Field(True, description="one mask of the bank per structure and step; otherwise plain")
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation loss")
 
 
 class StageTwoSection(_Section):
-    """The dropout stage: a Gaussian likelihood of energies and forces over several masks per structure."""
+    """Training on a Gaussian likelihood of energies and forces over several masks per structure: honest error bars."""
 
     epochs: int = Field(20, ge=0, description="0 leaves the stage out; the model then has no calibrated error bars")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     samples: int = Field(4, ge=2, description="masks per structure and step")
     bank: int = Field(16, ge=2, description="the masks are drawn from this many, the same that inference uses")
     bank_seed: int = Field(0, description="seed of the masks; the calculator's default")

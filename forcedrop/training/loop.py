@@ -17,14 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader, pair_vectors
+from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader
 from forcedrop.potential import Potential
 from forcedrop.sampling import draw_masks, predict, reduce_samples
 from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import likelihood_loss, plain_loss, squared_errors
 
-_CENTRE_FRAMES = 64
-"""Training frames on which the dropout sites' usual activations are measured."""
+_FEW = 4
+"""Masks of the bank whose mean is validated in stage one."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -52,7 +52,7 @@ class Progress:
     """Where a training is.
 
     Attributes:
-        stage: 0 plain, 1 dropout, 2 done.
+        stage: 0 squared errors, 1 likelihood, 2 done.
         epoch: epochs finished in this stage.
         step: steps finished in this epoch.
         best_loss: lowest validation loss of this stage.
@@ -108,6 +108,11 @@ class Trainer:
         return self.config.stage_two if self.progress.stage else self.config.stage_one
 
     @property
+    def masked(self) -> bool:
+        """Whether the stage that runs trains with masks."""
+        return self.progress.stage > 0 or (self.config.stage_one.dropout and bool(self.potential.sites))
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps of one pass over the training set."""
         return math.ceil(len(self.graphs) / self.config.batch_size)
@@ -127,9 +132,6 @@ class Trainer:
         settings = self.config.optimiser
         if self.best:
             self.potential.load_state_dict(self.best)
-        if self.progress.stage == 1:
-            batch = batch_graphs(self.graphs[:_CENTRE_FRAMES]).to(self.device)
-            self.potential.measure_centres(batch, pair_vectors(batch, 2 * self.potential.config.cutoff))
         self.optimiser = torch.optim.AdamW(
             self.potential.parameters(), lr=0.0, amsgrad=True, weight_decay=settings.weight_decay
         )
@@ -180,20 +182,23 @@ class Trainer:
     def _loss(self, batch: Batch) -> tuple[Tensor, Derived]:
         weights, two = self.config.loss, self.config.stage_two
         if self.progress.stage == 0:
-            derived = derive(self.potential, batch, create_graph=True)
+            masks = None
+            if self.masked:
+                masks = {name: mask[0] for name, mask in self._training_masks(batch, 1).items()}
+            derived = derive(self.potential, batch, masks, create_graph=True)
             return plain_loss(derived, batch, weights, self.scale), Derived(*(x.detach() for x in derived))
-        samples = derive_samples(self.potential, batch, self._training_masks(batch))
+        samples = derive_samples(self.potential, batch, self._training_masks(batch, two.samples))
         loss = likelihood_loss(samples, batch, weights, self.scale, two.mean_weight)
         return loss, reduce_samples(Derived(*(x.detach() for x in samples))).mean
 
-    def _training_masks(self, batch: Batch) -> dict[str, Tensor]:
-        """Return masks of the bank, different for each structure and step, shared by a structure's atoms."""
+    def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
+        """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms."""
         two, progress = self.config.stage_two, self.progress
-        where = (self.config.seed * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
+        where = ((self.config.seed * 2 + progress.stage) * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
         generator = torch.Generator().manual_seed(where)
         bank = draw_masks(self.potential, batch, two.bank_seed, two.bank)
         pick = torch.stack(
-            [torch.randperm(two.bank, generator=generator)[: two.samples] for _ in range(batch.num_graphs)],
+            [torch.randperm(two.bank, generator=generator)[:samples] for _ in range(batch.num_graphs)],
             dim=1,
         ).to(self.device)[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
@@ -209,7 +214,7 @@ class Trainer:
         return Errors(energy=1e3 * math.sqrt(energy), forces=1e3 * math.sqrt(forces))
 
     def validate(self) -> Errors:
-        """Return the errors of the averaged weights on the validation set; in stage two, of the Monte-Carlo mean."""
+        """Return the errors of the averaged weights on the validation set; where masks are trained, of the Monte-Carlo mean."""
         sums = torch.zeros(7, dtype=torch.float64)
         potential: Any = self.ema.module
         loss, size = 0.0, self.config.eval_batch_size
@@ -217,7 +222,7 @@ class Trainer:
             batch = batch_graphs(self.validation[first : first + size]).to(self.device)
             share = batch.num_graphs / len(self.validation)
             if self.progress.stage == 0:
-                mean = derive(potential, batch)
+                mean = self._few(potential, batch) if self.masked else derive(potential, batch)
                 loss += share * float(plain_loss(mean, batch, self.config.loss, self.scale))
             else:
                 two = self.config.stage_two
@@ -239,6 +244,11 @@ class Trainer:
             loss=loss,
             z2=float(sums[6]) / n_forces if self.progress.stage and n_forces else math.nan,
         )
+
+    def _few(self, potential: Potential, batch: Batch) -> Derived:
+        """Return the mean over the first few masks of the bank: enough to follow stage one by."""
+        two = self.config.stage_two
+        return predict(potential, batch, n_samples=min(_FEW, two.bank), seed=two.bank_seed).mean
 
     def finish_epoch(self, errors: Errors) -> bool:
         """Note the validation errors and move on; return whether the stage ended with this epoch."""

@@ -244,7 +244,7 @@ def _log(out: Path, board: SummaryWriter, history: list[dict[str, float]], epoch
 
 def _postfix(stage: int, fitted: Errors, errors: Errors) -> str:
     text = (
-        f"{'plain' if stage == 0 else 'dropout'} | train F {fitted.forces:.1f} meV/Å, E {fitted.energy:.1f} meV"
+        f"stage {stage + 1} | train F {fitted.forces:.1f} meV/Å, E {fitted.energy:.1f} meV"
         f" | val F {errors.forces:.1f}, E {errors.energy:.1f} ({errors.energy_per_atom:.2f}/atom)"
     )
     return text + (f" | z² {errors.z2:.2f}" if stage else "")

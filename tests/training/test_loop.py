@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from forcedrop.derive import derive
+from forcedrop.graph import graph_loader
+from forcedrop.sampling import draw_masks, predict
+from forcedrop.training import parse_config
+from forcedrop.training.config import LossSection
+from forcedrop.training.loop import Trainer
+from forcedrop.training.losses import plain_loss
+from tests.conftest import emt_frames, graph_of, make_potential, settings
+
+
+def trainer(**changes: object) -> Trainer:
+    frames = emt_frames(12)
+    graphs = [
+        graph_of(f.to_atoms(), 4.0, energy=f.energy, forces=f.forces, stress=f.stress, source=f.source) for f in frames
+    ]
+    config = parse_config(settings("nowhere", **changes))
+    return Trainer(make_potential(elements=(29,)), graphs[:9], graphs[9:], config, scale=1.0)
+
+
+def first_batch(made: Trainer):
+    return next(iter(made.batches()))
+
+
+def test_masks_of_a_step_come_from_the_bank_one_function_per_structure() -> None:
+    made = trainer()
+    batch = first_batch(made)
+    masks = made._training_masks(batch, 3)
+    bank = draw_masks(made.potential, batch, 0, 4)
+    edges = {site.name for site in made.potential.sites if not site.n_channels}
+    assert edges < set(masks) == set(bank)
+    for name in set(masks) - edges:
+        assert masks[name].shape[:2] == (3, batch.num_nodes)
+        for structure in range(batch.num_graphs):
+            mine = masks[name][:, batch.batch == structure]
+            assert (mine == mine[:, :1]).all()  # shared over the structure's atoms
+            number = [int((bank[name] == row).all(1).nonzero()[0, 0]) for row in mine[:, 0]]
+            assert len({tuple(bank[name][k].tolist()) for k in number}) == len(
+                {tuple(row.tolist()) for row in mine[:, 0]}
+            )
+    again = made._training_masks(batch, 3)
+    made.progress.step += 1
+    other = made._training_masks(batch, 3)
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+    assert any(not torch.equal(masks[name], other[name]) for name in masks)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_stage_one_minimises_the_error_of_masked_or_plain_networks(dropout: bool) -> None:
+    made = trainer(stage_one={"dropout": dropout})
+    assert made.masked is dropout
+    batch = first_batch(made)
+    masks = {name: mask[0] for name, mask in made._training_masks(batch, 1).items()} if dropout else None
+    expected = plain_loss(derive(made.potential, batch, masks), batch, LossSection(), made.scale)
+    loss, _ = made._loss(batch)
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_a_network_without_sites_trains_plainly() -> None:
+    made = trainer(dropout={"edge": 0, "update": 0, "readout": 0, "message": 0}, stage_two={"epochs": 0})
+    made.potential = make_potential(elements=(29,), rates=type(made.potential.config.dropout)(0, 0, 0, 0))
+    assert not made.masked
+    made.run_step(first_batch(made))
+
+
+def test_validation_of_stage_one_is_the_mean_of_the_first_masks() -> None:
+    made = trainer()
+    (batch,) = graph_loader(made.validation, [[0, 1, 2]])
+    mean = predict(made.potential, batch, n_samples=4, seed=0).mean
+    expected = 1e3 * float((mean.forces - batch.forces).square().mean().sqrt())
+    assert made.validate().forces == pytest.approx(expected)
+
+
+def test_workers_and_order_give_the_same_batches() -> None:
+    alone, helped = trainer(), trainer(workers=1)
+    for a, b in zip(alone.batches(), helped.batches(), strict=True):
+        assert a.source == b.source
+        assert torch.equal(a.nbr_reverse, b.nbr_reverse)
+    assert sorted(s for batch in alone.batches() for s in batch.source) == sorted(g.source for g in alone.graphs)
