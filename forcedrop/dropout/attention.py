@@ -109,7 +109,7 @@ class ValueDropout(DropoutSite):
         return v * self.mask(v, generator) if self.active else v
 
 
-def attention(
+def dropout_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -128,7 +128,7 @@ def attention(
 
         drop = AttentionDropout(0.1)
         mask = drop.mask(q @ k.mT)  # (N, H, L, S); [:1] for one mask for any batch, [..., t, : t + 1] when decoding
-        out = attention(q, k, v, dropout=drop, mask=mask)
+        out = dropout_attention(q, k, v, dropout=drop, mask=mask)
 
     With ``renormalise=True`` that is the softmax over the kept keys, and the fused kernel gives it:
     ``scaled_dot_product_attention(q, k, v, attn_mask=mask > 0)``.
@@ -148,7 +148,7 @@ def attention(
         TypeError: if ``q`` is not floating point.
         ValueError: if both ``attn_mask`` and ``is_causal`` are given.
     """
-    check_floating(q, "attention")
+    check_floating(q, "dropout_attention")
     if attn_mask is not None and is_causal:
         raise ValueError("`attn_mask` and `is_causal=True` exclude each other, got both")
     active = dropout is not None and dropout.active

@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from forcedrop.dropout.attention import (
     AttentionDropout,
     ValueDropout,
-    attention,
     attention_dropout,
+    dropout_attention,
     value_dropout,
 )
 from tests.dropout.laws import assert_mean, assert_not_mean, freeze
@@ -50,9 +50,9 @@ def biases() -> dict[str, dict]:
 @pytest.mark.parametrize("settings", biases().values(), ids=biases())
 def test_evaluation_is_pytorchs_attention(settings: dict) -> None:
     expected = scaled_dot_product_attention(*qkv(), **settings)
-    assert torch.equal(attention(*qkv(), **settings), expected)
-    assert torch.equal(attention(*qkv(), **settings, dropout=AttentionDropout(0.5).eval()), expected)
-    assert torch.equal(attention(*qkv(), **settings, dropout=AttentionDropout(0.0)), expected)
+    assert torch.equal(dropout_attention(*qkv(), **settings), expected)
+    assert torch.equal(dropout_attention(*qkv(), **settings, dropout=AttentionDropout(0.5).eval()), expected)
+    assert torch.equal(dropout_attention(*qkv(), **settings, dropout=AttentionDropout(0.0)), expected)
 
 
 @pytest.mark.parametrize("settings", biases().values(), ids=biases())
@@ -61,7 +61,7 @@ def test_a_mask_of_ones_drops_nothing(settings: dict) -> None:
     ones = torch.ones(L, S, dtype=torch.float64)
     expected = scaled_dot_product_attention(*qkv(), **settings)
     for drop in (None, AttentionDropout(0.5), AttentionDropout(0.5, renormalise=True)):
-        torch.testing.assert_close(attention(*qkv(), **settings, mask=ones, dropout=drop), expected, **TIGHT)
+        torch.testing.assert_close(dropout_attention(*qkv(), **settings, mask=ones, dropout=drop), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("settings", biases().values(), ids=biases())
@@ -78,8 +78,8 @@ def test_renormalised_dropout_is_attention_to_the_kept_keys(settings: dict) -> N
     else:
         both["attn_mask"] = keep & both.get("attn_mask", torch.tensor(True))
     expected = scaled_dot_product_attention(*qkv(), **both)
-    torch.testing.assert_close(attention(*qkv(), **settings, dropout=drop, mask=mask), expected, **TIGHT)
-    torch.testing.assert_close(attention(*qkv(), **settings, dropout=drop.eval(), mask=mask), expected, **TIGHT)
+    torch.testing.assert_close(dropout_attention(*qkv(), **settings, dropout=drop, mask=mask), expected, **TIGHT)
+    torch.testing.assert_close(dropout_attention(*qkv(), **settings, dropout=drop.eval(), mask=mask), expected, **TIGHT)
 
 
 def test_plain_dropout_against_the_formula() -> None:
@@ -90,11 +90,11 @@ def test_plain_dropout_against_the_formula() -> None:
     for n, h, i in torch.cartesian_prod(torch.arange(N), torch.arange(H), torch.arange(L)).tolist():
         w = torch.exp(k[n, h] @ q[n, h, i] / E**0.5)
         expected[n, h, i] = (w / w.sum() * mask[n, h, i]) @ v[n, h]
-    torch.testing.assert_close(attention(q, k, v, dropout=drop, mask=mask), expected, **TIGHT)
-    torch.testing.assert_close(attention(q, k, v, mask=mask), expected, **TIGHT)
-    drawn = attention(q, k, v, dropout=drop, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(dropout_attention(q, k, v, dropout=drop, mask=mask), expected, **TIGHT)
+    torch.testing.assert_close(dropout_attention(q, k, v, mask=mask), expected, **TIGHT)
+    drawn = dropout_attention(q, k, v, dropout=drop, generator=torch.Generator().manual_seed(4))
     mask = drop.mask(weights(), torch.Generator().manual_seed(4))
-    torch.testing.assert_close(attention(q, k, v, mask=mask), drawn, **TIGHT)
+    torch.testing.assert_close(dropout_attention(q, k, v, mask=mask), drawn, **TIGHT)
 
 
 # --- laws of the masks
@@ -130,7 +130,7 @@ def test_gradients_are_finite_where_a_row_is_lost(renormalise: bool) -> None:
     allowed = torch.ones(L, S, dtype=torch.bool)
     allowed[0] = False
     drop = AttentionDropout(0.5, renormalise=renormalise)
-    out = attention(q, k, v, allowed, dropout=drop, mask=mask)
+    out = dropout_attention(q, k, v, allowed, dropout=drop, mask=mask)
     assert torch.equal(out[:, :, :2], torch.zeros_like(out[:, :, :2]))
     for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
         assert torch.isfinite(gradient).all()
@@ -140,7 +140,7 @@ def test_gradients_are_finite_where_a_row_is_lost(renormalise: bool) -> None:
 def test_gradcheck(renormalise: bool) -> None:
     q, k, v = (x[:1, :1].clone().requires_grad_() for x in qkv(3))
     drop = freeze(AttentionDropout(0.3, renormalise=renormalise), 0)
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, is_causal=True, dropout=drop), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: dropout_attention(q, k, v, is_causal=True, dropout=drop), (q, k, v))
     assert torch.autograd.gradcheck(freeze(ValueDropout(0.3), 0), (v,))
 
 
@@ -188,15 +188,15 @@ def test_bits_belong_to_head_query_and_key() -> None:
 def test_decoding_step_by_step_with_a_frozen_mask(renormalise: bool) -> None:
     q, k, v = qkv(S)
     drop = freeze(AttentionDropout(0.4, renormalise=renormalise).eval(), 1)
-    whole = attention(q, k, v, is_causal=True, dropout=drop)
+    whole = dropout_attention(q, k, v, is_causal=True, dropout=drop)
     mask = drop.mask(q @ k.mT)
     for t in range(S):
         seen = slice(t + 1)
-        step = attention(
+        step = dropout_attention(
             q[:, :, t : t + 1], k[:, :, seen], v[:, :, seen], dropout=drop, mask=mask[..., t : t + 1, seen]
         )
         torch.testing.assert_close(step[:, :, 0], whole[:, :, t], **TIGHT)
-        prefix = attention(q[:, :, seen], k[:, :, seen], v[:, :, seen], is_causal=True, dropout=drop)
+        prefix = dropout_attention(q[:, :, seen], k[:, :, seen], v[:, :, seen], is_causal=True, dropout=drop)
         torch.testing.assert_close(prefix, whole[:, :, seen], **TIGHT)
 
 
@@ -234,7 +234,7 @@ def test_vmap_of_attention_over_samples(renormalise: bool) -> None:
     drop, inputs = AttentionDropout(0.5, renormalise=renormalise).eval(), qkv()
 
     def function(sample: int | Tensor) -> Tensor:
-        return attention(*inputs, is_causal=True, dropout=freeze(drop, sample))
+        return dropout_attention(*inputs, is_causal=True, dropout=freeze(drop, sample))
 
     together = torch.func.vmap(function)(torch.arange(3))
     torch.testing.assert_close(together, torch.stack([function(k) for k in range(3)]), **TIGHT)
@@ -262,13 +262,13 @@ def test_evaluation_masks_and_generators(layer: nn.Module) -> None:
 def test_dtypes(dtype: torch.dtype, renormalise: bool) -> None:
     q, k, v = (x.to(dtype) for x in qkv())
     for drop in (AttentionDropout(0.5, renormalise=renormalise), freeze(AttentionDropout(0.5), 0)):
-        assert attention(q, k, ValueDropout(0.5)(v), dropout=drop).dtype == dtype
+        assert dropout_attention(q, k, ValueDropout(0.5)(v), dropout=drop).dtype == dtype
 
 
 def test_autocast_and_training() -> None:
     linear, drop = nn.Linear(E, 3 * E), AttentionDropout(0.3, renormalise=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = attention(*linear(torch.randn(N, L, E)).chunk(3, -1), is_causal=True, dropout=drop)
+        out = dropout_attention(*linear(torch.randn(N, L, E)).chunk(3, -1), is_causal=True, dropout=drop)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert torch.isfinite(linear.weight.grad).all()
@@ -281,7 +281,7 @@ def test_compile() -> None:
             self.drop, self.values = AttentionDropout(0.5), ValueDropout(0.5)
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, self.values(v), is_causal=True, dropout=self.drop)
+            return dropout_attention(q, k, self.values(v), is_causal=True, dropout=self.drop)
 
     net = Net()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -318,9 +318,9 @@ def test_impossible_inputs() -> None:
         with pytest.raises(TypeError, match="floating-point"):
             layer(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="exclude each other"):
-        attention(*qkv(), torch.ones(L, S, dtype=torch.bool), is_causal=True)
-    with pytest.raises(TypeError, match="attention needs a floating-point input"):
-        attention(*(x.long() for x in qkv()))
+        dropout_attention(*qkv(), torch.ones(L, S, dtype=torch.bool), is_causal=True)
+    with pytest.raises(TypeError, match="dropout_attention needs a floating-point input"):
+        dropout_attention(*(x.long() for x in qkv()))
 
 
 @pytest.mark.parametrize("layer", [AttentionDropout, ValueDropout])
