@@ -42,8 +42,8 @@ def frozen(model: nn.Module, seed: int = 0, sample: int | Tensor = 0) -> Iterato
     - ``torch.nn.functional.dropout`` called inside a ``forward``, and layers of other libraries, cannot be seen and are not
       frozen; put a layer of one of the first two kinds there.
 
-    A network compiled by ``torch.compile``, outside or inside of the context, is frozen too. Not safe for threads that share
-    ``model``.
+    A network compiled by ``torch.compile``, outside or inside of the context, is frozen too; a copy made inside of it stays
+    frozen. Not safe for threads that share ``model``.
 
     Args:
         model: the network; changed for as long as the context lasts.
@@ -56,18 +56,19 @@ def frozen(model: nn.Module, seed: int = 0, sample: int | Tensor = 0) -> Iterato
     Raises:
         ValueError: if ``model`` has no dropout layer, or a layer of torch's whose rate is 1.
     """
-    if not dropout_sites(model):
+    sites = dropout_sites(model)
+    if not sites:
         raise ValueError(f"{type(model).__name__} has no dropout layer to freeze; {UNSEEN}")
-    with frozen_as(model, FunctionSample(seed, sample)):
+    with frozen_as(model, sites, FunctionSample(seed, sample)):
         yield model
 
 
 @contextmanager
-def frozen_as(model: nn.Module, function: FunctionSample) -> Iterator[None]:
-    """Freeze ``model`` to a given function sample; see :func:`frozen`."""
+def frozen_as(model: nn.Module, sites: dict[str, nn.Module], function: FunctionSample) -> Iterator[None]:
+    """Freeze ``model``, whose :func:`dropout_sites` are ``sites``, to a given function sample; see :func:`frozen`."""
     with ExitStack() as stack:
         calls = _Calls()
-        for name, module in dropout_sites(model).items():
+        for name, module in sites.items():
             if isinstance(module, DropoutSite):
                 stack.callback(_set_function, module, module._function, module._site)
                 _set_function(module, function, name)

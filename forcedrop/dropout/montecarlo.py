@@ -5,10 +5,11 @@ Source: Gal & Ghahramani, ICML 2016 (arXiv 1506.02142), with masks that are func
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 
 from forcedrop.dropout.freeze import UNSEEN, dropout_sites, drops_inside, frozen_as, seeded_rng, torch_rate
 from forcedrop.dropout.function import FunctionSample
-from forcedrop.dropout.masks import site_key
+from forcedrop.dropout.masks import keep_mask, random_bits, site_key
 from forcedrop.dropout.site import DropoutSite
+
+_LARGEST_TABLE = 1 << 20
+"""Entries of a mask's table over all samples, at most; larger masks are computed sample by sample, where it costs less memory."""
 
 
 def mc_samples(
@@ -65,9 +69,9 @@ def mc_samples(
     if chunk is not None and chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {chunk}")
     sites = _active_sites(model)
-    run = _Run(model, inputs, seed, n)
+    run = _Run(model, sites, inputs, seed, n)
     with evaluation_mode(model):
-        outputs = run.loop() if vectorised is False else _vectorised_or_not(run, sites, chunk, must=bool(vectorised))
+        outputs = run.loop() if vectorised is False else _vectorised_or_not(run, chunk, must=bool(vectorised))
     if not run.reached:
         raise ValueError(
             f"the forward pass of {type(model).__name__} in evaluation mode reaches none of its dropout layers ({_names(sites)}),"
@@ -76,33 +80,25 @@ def mc_samples(
     return outputs
 
 
-@dataclass(frozen=True)
-class _Watched(FunctionSample):
-    """A function sample that tells when a site asks which sample it is, as every mask must."""
-
-    asked: Callable[[], None]
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "sample":
-            object.__getattribute__(self, "asked")()
-        return object.__getattribute__(self, name)
-
-
 @dataclass
 class _Run:
-    """One call of :func:`mc_samples`."""
+    """One call of :func:`mc_samples`.
+
+    Attributes:
+        reached: whether a site has asked for a mask.
+        tables: which units are kept, shape (n, units), for sites with few units: cheaper at once than sample by sample.
+    """
 
     model: nn.Module
+    sites: dict[str, nn.Module]
     inputs: Any
     seed: int
     n: int
     reached: bool = False
-
-    def reach(self) -> None:
-        self.reached = True
+    tables: dict[tuple[str, float, int, torch.device], Tensor] = field(default_factory=dict)
 
     def one(self, sample: int | Tensor) -> Any:
-        with frozen_as(self.model, _Watched(self.seed, sample, self.reach)):
+        with frozen_as(self.model, self.sites, _Sample(self.seed, sample, self)):
             return call_with(self.model, self.inputs)
 
     def vectorised(self, chunk: int | None) -> Any:
@@ -120,8 +116,30 @@ class _Run:
         return _stack(outputs)
 
 
-def _vectorised_or_not(run: _Run, sites: dict[str, nn.Module], chunk: int | None, *, must: bool) -> Any:
-    inside = {name: module for name, module in sites.items() if drops_inside(module)}
+@dataclass(frozen=True)
+class _Sample(FunctionSample):
+    """A function sample that notes that a site asks which sample it is, as every mask must, and looks small masks up."""
+
+    run: _Run
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "sample":
+            object.__getattribute__(self, "run").reached = True
+        return object.__getattribute__(self, name)
+
+    def keep(self, site: str, p: float, shape: Sequence[int], *, device: torch.device) -> Tensor:
+        units = math.prod(shape)
+        if units * self.run.n > _LARGEST_TABLE:
+            return super().keep(site, p, shape, device=device)
+        key, tables = (site, p, units, device), self.run.tables
+        if key not in tables:
+            samples, identities = torch.arange(self.run.n, device=device), torch.arange(units, device=device)
+            tables[key] = keep_mask(random_bits(site_key(self.seed, site), samples, identities), p) > 0
+        return tables[key][self.sample].reshape(tuple(shape))
+
+
+def _vectorised_or_not(run: _Run, chunk: int | None, *, must: bool) -> Any:
+    inside = {name: module for name, module in run.sites.items() if drops_inside(module)}
     reason = f"masks are drawn inside of {_names(inside)}" if inside else ""
     if must and inside:
         raise ValueError(f"`vectorised=True` is impossible: {reason}")
@@ -145,8 +163,7 @@ def _active_sites(model: nn.Module) -> dict[str, nn.Module]:
     sites = dropout_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no dropout layer, so it has no samples; {UNSEEN}")
-    with frozen_as(model, FunctionSample(0, 0)):
-        active = {name: site for name, site in sites.items() if _is_active(site)}
+    active = {name: site for name, site in sites.items() if _is_active(site)}
     if not active:
         raise ValueError(
             f"all dropout layers of {type(model).__name__} have rate 0 ({_names(sites)}): no error bar, not a σ of 0"
@@ -156,7 +173,8 @@ def _active_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_active(site: nn.Module) -> bool:
     if isinstance(site, DropoutSite):
-        return site.active
+        with frozen_as(site, {"": site}, FunctionSample(0, 0)):
+            return site.active
     return drops_inside(site) or torch_rate(site) > 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from forcedrop import dropout as layers
 from forcedrop.dropout.elementwise import ClassicDropout, Dropout, GaussianDropout
 from forcedrop.dropout.freeze import dropout_sites, frozen
 from forcedrop.dropout.montecarlo import mc_samples
@@ -289,6 +290,41 @@ def test_vectorised_equals_loop_and_frozen(dtype: torch.dtype, tolerance: float)
     for k in range(6):
         with frozen(model, 1, k):
             torch.testing.assert_close(model(x), samples[k], rtol=tolerance, atol=tolerance)
+
+
+class First(nn.Module):
+    """The first output of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.double()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.module(*inputs)[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (layers.ChannelDropout(0.4), [(2, 5, 4, 4)]),
+        (layers.DropBlock2d(0.3, 3), [(2, 5, 8, 8)]),
+        (layers.DropPath(0.5), [(2, 5)]),
+        (layers.LockedDropout(0.4), [(2, 7, 5)]),
+        (layers.Zoneout(0.4), [(2, 5), (2, 5)]),
+        (layers.ConcreteDropout(), [(2, 5)]),
+        (layers.MaskBankDropout(5), [(2, 5)]),
+        (layers.AttentionDropout(0.4), [(2, 5, 5)]),
+        (layers.NodeDropout(0.4), [(5, 3)]),
+        (First(layers.DropoutLSTM(3, 4, p_input=0.3, p_state=0.3, p_update=0.3, p_weight=0.3)), [(5, 2, 3)]),
+        (First(layers.DropoutGRU(3, 4, p_state=0.3)), [(5, 2, 3)]),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
+)
+def test_layers_of_this_library(layer: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+    inputs = tuple(normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    samples = mc_samples(layer, inputs, 8, vectorised=True)
+    torch.testing.assert_close(mc_samples(layer, inputs, 8, vectorised=False), samples, rtol=1e-12, atol=1e-12)
+    assert samples.std(0).max() > 0
 
 
 def test_convolutions_in_place_layers_and_chunks() -> None:
