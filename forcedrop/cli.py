@@ -139,7 +139,7 @@ def evaluate(
 def md(
     model: Model,
     structure: Annotated[Path, typer.Argument(help="file with the start structure", show_default=False)],
-    output: Annotated[Path, typer.Option(help="folder for md.csv, md.traj, md.h5, md.json, md.png")] = Path("md"),
+    output: Annotated[Path, typer.Option(help="folder for md.csv, md.xyz, md.h5, md.json, md.png")] = Path("md"),
     ensemble: Annotated[Ensemble, typer.Option(help="constant energy, temperature, or pressure")] = Ensemble.nve,
     temperature: Annotated[float, typer.Option(help="[K]", min=0)] = 300.0,
     pressure: Annotated[float, typer.Option(help="[GPa], for npt")] = 0.0,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.io.trajectory import Trajectory
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
@@ -20,7 +19,7 @@ from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
 from forcedrop.calculator import DropoutCalculator
-from forcedrop.structures import Frame, FrameStore
+from forcedrop.structures import Frame, FrameStore, write_frames
 from forcedrop.units import GPA
 
 
@@ -162,8 +161,8 @@ def run_md(
 ) -> MDRun:
     """Run dynamics and record energies, temperature and error bars.
 
-    The folder receives ``md.csv`` (a row a recorded step), ``md.traj`` (ASE), ``md.h5`` (frames with σ per atom and velocities,
-    readable at any moment) and ``md.json`` (settings and summary).
+    The folder receives ``md.csv`` (a row a recorded step), ``md.xyz`` and ``md.h5`` (frames with momenta and σ per atom, for
+    other programs and for this one) and ``md.json`` (settings and summary). All but the last are readable at any moment.
 
     Args:
         atoms: start; moved in place.
@@ -247,7 +246,8 @@ class _Recorder:
         self.flagged: list[float] = []
         self._csv = (folder / "md.csv").open("w", newline="", encoding="utf-8")
         self._writer: csv.DictWriter[str] | None = None
-        self._trajectory = Trajectory(str(folder / "md.traj"), "w", atoms)
+        self._xyz = folder / "md.xyz"
+        self._xyz.unlink(missing_ok=True)
         self._store = FrameStore(folder / "md.h5", "w", provenance={"what": "molecular dynamics"})
 
     def __enter__(self) -> _Recorder:
@@ -255,7 +255,6 @@ class _Recorder:
 
     def __exit__(self, *exception: object) -> None:
         self._csv.close()
-        self._trajectory.close()
         self._store.close()
 
     def record(self, step: int) -> dict[str, float]:
@@ -281,8 +280,9 @@ class _Recorder:
         self._write(row)
         if self.threshold is not None and row["max_force_sigma_eV_A"] > self.threshold:
             self.flagged.append(row["time_fs"])
-        self._trajectory.write()
-        self._store.append([recorded_frame(atoms, row)])
+        frame = recorded_frame(atoms, row)
+        self._store.append([frame])
+        write_frames(self._xyz, [frame], append=True)
         if self.on_record is not None:
             self.on_record(atoms)
         return row

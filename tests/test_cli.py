@@ -69,7 +69,7 @@ def test_md_and_flag(folder, tmp_path) -> None:
     assert "pressure" in out
     assert (tmp_path / "md" / "md.png").stat().st_size > 5000
     out = run(
-        "flag", model, tmp_path / "md" / "md.traj", "--threshold", 0, "--output", tmp_path / "f.xyz", "--samples", 3,
+        "flag", model, tmp_path / "md" / "md.xyz", "--threshold", 0, "--output", tmp_path / "f.xyz", "--samples", 3,
         "--ranking", tmp_path / "r.csv", "--plot", tmp_path / "f.png",
     )  # fmt: skip
     assert "3 of 3 frames" in out

@@ -24,7 +24,8 @@ def test_files_hold_every_recorded_step_with_sigma(trained, tmp_path) -> None:
     with (tmp_path / "md.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [float(r["total_eV"]) for r in rows] == [r["total_eV"] for r in run.rows]
-    assert len(read(tmp_path / "md.traj", ":")) == 4
+    images = read(tmp_path / "md.xyz", ":")
+    assert len(images) == 4
     frames = read_frames(tmp_path / "md.h5")
     assert len(frames) == 4
     last = frames[-1]
@@ -32,6 +33,10 @@ def test_files_hold_every_recorded_step_with_sigma(trained, tmp_path) -> None:
     atoms.calc = calculator
     np.testing.assert_allclose(last.arrays["forces_uncertainty"], calculator.get_property("forces_uncertainty", atoms))
     np.testing.assert_allclose(last.forces, atoms.get_forces(), atol=1e-12)
+    for name in ("forces_uncertainty", "energies_uncertainty", "momenta"):
+        np.testing.assert_allclose(images[-1].arrays[name], last.arrays[name], atol=1e-7)
+    np.testing.assert_allclose(images[-1].get_forces(), last.forces, atol=1e-7)
+    assert images[-1].info["energy_uncertainty"] == pytest.approx(last.info["energy_uncertainty"], rel=1e-6)
     sigma = np.linalg.norm(last.arrays["forces_uncertainty"], axis=1)
     assert run.rows[-1]["max_force_sigma_eV_A"] == pytest.approx(sigma.max())
     assert last.info["temperature_K"] == run.rows[-1]["temperature_K"]

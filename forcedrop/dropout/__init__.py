@@ -12,7 +12,7 @@ _MENU = {
         "ClassicDropout", "Dropout", "GaussianDropout", "classic_dropout", "dropout", "gaussian_dropout",
     ),
     "equivariant": ("IrrepsDropout", "TensorDropout", "irreps_dropout", "tensor_dropout"),
-    "attention": ("AttentionDropout", "ValueDropout", "attention_dropout", "value_dropout"),
+    "attention": ("AttentionDropout", "ValueDropout", "attention_dropout", "dropout_attention", "value_dropout"),
     "freeze": ("dropout_sites", "frozen"),
     "function": ("FunctionSample",),
     "graphs": (
@@ -22,6 +22,7 @@ _MENU = {
     "init": ("dropout_kaiming_normal_", "dropout_kaiming_uniform_"),
     "masks": ("edge_identity", "edge_mask", "feature_mask"),
     "montecarlo": ("mc_samples",),
+    "cells": ("RecurrentMasks", "gru_cell", "lstm_cell"),
     "recurrent": ("DropoutGRU", "DropoutLSTM"),
     "schedule": ("LinearSchedule", "linear_rate"),
     "sequence": ("LockedDropout", "Zoneout", "locked_dropout", "zoneout"),
@@ -33,7 +34,7 @@ _MENU = {
     "summaries": ("classification_summary", "regression_summary"),
 }  # fmt: skip
 _ROOM = {name: room for room, names in _MENU.items() for name in names}
-__all__ = sorted(_ROOM)  # noqa: PLE0605
+__all__ = sorted(_ROOM)
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,7 @@ class Dropout(DropoutSite):
             return x * mask
         if not self.active:
             return x
-        if self._function is None and generator is None:
+        if self._function is None and generator is None and not x.is_complex():
             return functional.dropout(x, self.p, training=True)
         return x * self.mask(x, generator)
 
@@ -88,6 +88,8 @@ class GaussianDropout(DropoutSite):
         if self._function is not None:
             shape = (1, *x.shape[1:]) if x.dim() > 1 else tuple(x.shape)
             noise = self._function.normal(self._site, shape, dtype=x.dtype, device=x.device)
+        elif generator is None:  # torch.compile cannot trace `generator=None` with a batch of changing size
+            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device)
         else:
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         return 1 + math.sqrt(self.p / (1 - self.p)) * noise

@@ -63,7 +63,13 @@ class DropoutSite(nn.Module):
         return (self.training or self._function is not None) and self.p > 0
 
     def keep(
-        self, x: Tensor, shape: Sequence[int], generator: torch.Generator | None = None, *, part: str = ""
+        self,
+        x: Tensor,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        part: str = "",
+        p: float | None = None,
     ) -> Tensor:
         """Return which units are kept, boolean, on the device of ``x``; every unit is dropped with probability ``p``.
 
@@ -72,12 +78,15 @@ class DropoutSite(nn.Module):
             shape: of a fresh draw; a frozen function sample has 1 for the first axis, the batch, if there are two or more.
             generator: for a fresh draw.
             part: distinguishes several draws of one layer.
+            p: another rate than the layer's.
         """
+        p = self.p if p is None else p
         if self._function is not None:
             frozen = (1, *shape[1:]) if len(shape) > 1 else tuple(shape)
-            return self._function.keep(self._site + part, self.p, frozen, device=x.device)
-        uniform = torch.rand(tuple(shape), generator=generator, device=x.device)
-        return uniform >= self.p
+            return self._function.keep(self._site + part, p, frozen, device=x.device)
+        if generator is None:  # torch.compile cannot trace `generator=None` with a batch of changing size
+            return torch.rand(tuple(shape), device=x.device) >= p
+        return torch.rand(tuple(shape), generator=generator, device=x.device) >= p
 
     def extra_repr(self) -> str:
         """Say the rate."""

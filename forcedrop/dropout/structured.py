@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from forcedrop.dropout.masks import check_rate
+from forcedrop.dropout.masks import check_rate, constant_in_graphs
 from forcedrop.dropout.site import DropoutSite, check_floating, check_rank, inverted
 
 
@@ -95,7 +95,7 @@ def _exact_seed_rate(p: float, block_size: int, sizes: tuple[int, ...]) -> float
     return (low + high) / 2
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _constant_seed_rate(p: tuple[int, int], block_size: int, sizes: tuple[int, ...]) -> float:
     """:func:`seed_rate`, a number to torch.compile.
 
@@ -148,12 +148,7 @@ class DropBlock(DropoutSite):
         gamma = self._gamma(sizes)
         region = [n - self.block_size + 1 for n in sizes]
         channels = x.shape[1] if self.per_channel else 1
-        if self._function is not None:
-            return ~self._function.keep(self._site, gamma, (1, channels, *region), device=x.device)
-        shape = (x.shape[0], channels, *region)
-        if generator is None:  # torch.compile cannot trace `generator=None` with a batch of changing size
-            return torch.rand(shape, device=x.device) < gamma
-        return torch.rand(shape, generator=generator, device=x.device) < gamma
+        return ~self.keep(x, (x.shape[0], channels, *region), generator, p=gamma)
 
     def mask(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a mask for ``x``, of its shape (with 1 for the batch if frozen, 1 for the channels if they share blocks).
