@@ -1,0 +1,36 @@
+"""Examples 01 to 05 in their fast mode: the figure is there, and the numbers obey the law that the example is about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.examples import load
+
+
+def run(name: str, folder: Path) -> dict[str, float]:
+    figure = folder / f"{name}.png"
+    numbers = load(name).main(fast=True, figure=figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert figure.stat().st_size < 150_000
+    return numbers
+
+
+def test_inverted_and_classic(tmp_path: Path) -> None:
+    numbers = run("01_inverted_and_classic", tmp_path)
+    assert numbers["largest_difference"] < 1e-5
+    for scheme, mean in (("inverted", 1.0), ("classic", 0.5)):
+        assert abs(numbers[f"{scheme}_train"] - mean) < 5 * numbers[f"{scheme}_error"]
+        assert numbers[f"{scheme}_eval"] == mean
+        assert numbers[f"{scheme}_variance"] == pytest.approx(numbers[f"{scheme}_law"], rel=0.02)
+        assert numbers[f"{scheme}_wrong_loss"] > 1.3 * numbers[f"{scheme}_right_loss"]
+
+
+def test_ensemble_and_jensen_gap(tmp_path: Path) -> None:
+    numbers = run("02_ensemble_and_jensen_gap", tmp_path)
+    assert numbers["scaled"] == pytest.approx(numbers["geometric"], abs=1e-12)
+    assert abs(numbers["scaled"] - numbers["arithmetic"]) > numbers["sampled_error"]
+    # five averages; the ratio of their root mean square to the standard error is below 2 with probability 0.9997
+    assert numbers["sampled_error"] < 2 * numbers["stated_error"]
+    assert numbers["one_site_ratio"] < 2 * numbers["noise_ratio"] < numbers["deep_ratio"]
