@@ -40,7 +40,8 @@ class DropoutCalculator(Calculator):
     Args:
         model: a path to a model file, or a loaded model.
         n_samples: K ≥ 2.
-        seed: of the masks; by default the model's own, of the bank it was trained with.
+        seed: of the masks; by default the model's own, of the bank it was trained with. Masks outside the bank are allowed,
+            with a warning.
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
         dtype: precision of the network, by default that of its weights.
         uncertainty_every: 1 computes all K samples at every evaluation; energy and forces are their mean. n > 1 takes
@@ -91,6 +92,7 @@ class DropoutCalculator(Calculator):
         self.potential.eval()
         self.n_samples = n_samples
         self.seed = self.model.bank_seed if seed is None else seed
+        self.model.check_masks(n_samples, self.seed)
         self.uncertainty_every = uncertainty_every
         self.keep_samples = keep_samples
         self.chunk = chunk

@@ -95,6 +95,7 @@ def predict_frames(
     finder = NeighbourFinder(model.potential.config.cutoff)
     graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
     seed = model.bank_seed if seed is None else seed
+    model.check_masks(n_samples, seed)
     predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
     return list(tqdm(predictions, total=len(frames), desc=what, unit="frame"))
 

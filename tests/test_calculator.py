@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,8 +134,14 @@ def test_mistakes_are_named() -> None:
         calculator.get_property("forces_ensemble", ethanol())
 
 
+def test_masks_outside_the_bank_are_allowed_with_a_warning(trained) -> None:
+    for wrong in ({"n_samples": 5}, {"n_samples": 4, "seed": 7}):
+        with pytest.warns(UserWarning, match=r"trained with the 4 masks of seed 0, asked for"):
+            DropoutCalculator(trained, **wrong)
+
+
 def test_same_bits_whatever_was_computed_before(trained) -> None:
-    one, two = (DropoutCalculator(trained, n_samples=4, seed=7) for _ in range(2))
+    one, two = (DropoutCalculator(trained, n_samples=4) for _ in range(2))
     generator = np.random.default_rng(0)
     atoms = crystal()
     for _ in range(8):  # a walk that makes one of the two rebuild its list several times
@@ -147,7 +154,7 @@ def test_same_bits_whatever_was_computed_before(trained) -> None:
 
 def test_copies_are_independent_and_equal(trained) -> None:
     atoms = crystal()
-    calculator = DropoutCalculator(trained, n_samples=4, seed=3, uncertainty_every=2)
+    calculator = DropoutCalculator(replace(trained, bank=0), n_samples=4, seed=3, uncertainty_every=2)
     first = calculator.get_potential_energy(atoms)
     for made in (calculator.copy(), copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
         assert made.results == {}
@@ -250,9 +257,9 @@ def test_pymatgen_adaptor(trained) -> None:
 
 
 def test_chunks_and_precision(trained) -> None:
-    whole = DropoutCalculator(trained, n_samples=5)
-    parts = DropoutCalculator(trained, n_samples=5, chunk=2)
-    single = DropoutCalculator(trained, n_samples=5, dtype=torch.float32)
+    whole = DropoutCalculator(trained, n_samples=4)
+    parts = DropoutCalculator(trained, n_samples=4, chunk=2)
+    single = DropoutCalculator(trained, n_samples=4, dtype=torch.float32)
     a, b, c = (calc.get_property("forces_std", crystal()) for calc in (whole, parts, single))
     np.testing.assert_allclose(a, b, atol=1e-12)
     np.testing.assert_allclose(a, c, atol=1e-4)

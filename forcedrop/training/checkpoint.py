@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ class TrainedModel:
     Attributes:
         potential: the network.
         calibration: what turns raw spread into σ; None for a model that was not calibrated.
-        bank_seed: seed of the masks it was trained with.
+        bank: number of masks it was trained with; 0 if any mask will do.
+        bank_seed: their seed.
         provenance: training-set hash, element and distance ranges, settings, date, version.
     """
 
     potential: Potential
     calibration: Calibration | None = None
+    bank: int = 0
     bank_seed: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -50,6 +53,15 @@ class TrainedModel:
         """Where the weights are."""
         return self.potential.hidden_bias.device
 
+    def check_masks(self, n_samples: int, seed: int) -> None:
+        """Warn (``UserWarning``) about masks that are not among those of the training."""
+        if self.bank and (seed != self.bank_seed or n_samples > self.bank):
+            warnings.warn(
+                f"this model was trained with the {self.bank} masks of seed {self.bank_seed}, asked for {n_samples} of seed "
+                f"{seed}: masks that were not trained predict worse, and their σ is not calibrated",
+                stacklevel=3,
+            )
+
 
 def save_model(model: TrainedModel, path: str | Path) -> None:
     """Write a model, atomically: a reader finds the old file or the new one, never half of one."""
@@ -62,6 +74,7 @@ def save_model(model: TrainedModel, path: str | Path) -> None:
             "config": potential.config.to_dict(),
             "weights": {name: value.detach().cpu() for name, value in potential.state_dict().items()},
             "calibration": model.calibration.to_dict() if model.calibration else None,
+            "bank": model.bank,
             "bank_seed": model.bank_seed,
             "provenance": json.loads(json.dumps(model.provenance)),  # plain values or an error, now
         },
@@ -87,6 +100,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TrainedM
     return TrainedModel(
         potential=potential.to(device).eval(),
         calibration=Calibration.from_dict(calibration) if calibration else None,
+        bank=values["bank"],
         bank_seed=values["bank_seed"],
         provenance=values["provenance"],
     )

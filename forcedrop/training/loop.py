@@ -19,7 +19,7 @@ from torch_geometric.data import Batch
 from forcedrop.derive import Derived, derive, derive_samples
 from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader
 from forcedrop.potential import Potential
-from forcedrop.sampling import draw_masks, predict, reduce_samples
+from forcedrop.sampling import Prediction, draw_masks, predict, reduce_samples
 from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import likelihood_loss, plain_loss, squared_errors
 
@@ -193,12 +193,12 @@ class Trainer:
 
     def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
         """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms."""
-        two, progress = self.config.stage_two, self.progress
+        dropout, progress = self.config.dropout, self.progress
         where = ((self.config.seed * 2 + progress.stage) * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
         generator = torch.Generator().manual_seed(where)
-        bank = draw_masks(self.potential, batch, two.bank_seed, two.bank)
+        bank = draw_masks(self.potential, batch, dropout.bank_seed, dropout.bank)
         pick = torch.stack(
-            [torch.randperm(two.bank, generator=generator)[:samples] for _ in range(batch.num_graphs)],
+            [torch.randperm(dropout.bank, generator=generator)[:samples] for _ in range(batch.num_graphs)],
             dim=1,
         ).to(self.device)[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
@@ -222,15 +222,16 @@ class Trainer:
             batch = batch_graphs(self.validation[first : first + size]).to(self.device)
             share = batch.num_graphs / len(self.validation)
             if self.progress.stage == 0:
-                mean = self._few(potential, batch) if self.masked else derive(potential, batch)
+                masked = self.masked
+                mean = self._predict(potential, batch, _FEW).mean if masked else derive(potential, batch)
                 loss += share * float(plain_loss(mean, batch, self.config.loss, self.scale))
             else:
-                two = self.config.stage_two
-                prediction = predict(potential, batch, n_samples=two.bank, seed=two.bank_seed)
+                prediction = self._predict(potential, batch, self.config.dropout.bank)
                 mean = prediction.mean
-                loss += share * float(
-                    likelihood_loss(prediction.samples, batch, self.config.loss, self.scale, two.mean_weight)
+                nll = likelihood_loss(
+                    prediction.samples, batch, self.config.loss, self.scale, mean_weight=0.0, beta=0.0
                 )
+                loss += share * float(nll)  # a proper score; what is minimised, weighted, is none
                 z2 = ((mean.forces - batch.forces) / prediction.std.forces.clamp(min=1e-9)).square()
                 sums[6] += z2[batch.has_forces[batch.batch]].double().sum().cpu()
             sums[:6] += _squares(mean, batch)
@@ -245,10 +246,10 @@ class Trainer:
             z2=float(sums[6]) / n_forces if self.progress.stage and n_forces else math.nan,
         )
 
-    def _few(self, potential: Potential, batch: Batch) -> Derived:
-        """Return the mean over the first few masks of the bank: enough to follow stage one by."""
-        two = self.config.stage_two
-        return predict(potential, batch, n_samples=min(_FEW, two.bank), seed=two.bank_seed).mean
+    def _predict(self, potential: Potential, batch: Batch, most: int) -> Prediction:
+        """Return the prediction of the first masks of the bank, ``most`` of them at most."""
+        dropout = self.config.dropout
+        return predict(potential, batch, n_samples=min(most, dropout.bank), seed=dropout.bank_seed)
 
     def finish_epoch(self, errors: Errors) -> bool:
         """Note the validation errors and move on; return whether the stage ended with this epoch."""

@@ -79,7 +79,7 @@ def build_potential(
     """Return a network with random weights from the seed, norms and energy offsets measured on training data."""
     shape = PotentialConfig(
         elements=data.elements,
-        dropout=DropoutRates(**config.dropout.model_dump()),
+        dropout=DropoutRates(**config.dropout.rates),
         **config.model.model_dump(),
     )
     with torch.random.fork_rng(devices=[]):
@@ -148,7 +148,8 @@ def _finish(
     potential = trainer.potential.eval()
     model = TrainedModel(
         potential=potential,
-        bank_seed=config.stage_two.bank_seed,
+        bank=config.dropout.bank,
+        bank_seed=config.dropout.bank_seed,
         provenance={
             "forcedrop": forcedrop.__version__,
             "torch": str(torch.__version__),
@@ -164,9 +165,9 @@ def _finish(
             "last_epoch": dict(trainer.progress.history[-1]),
         },
     )
-    if config.stage_two.epochs:
+    if config.trains_masks:
         held = build_graphs(data.split.calibration, config.model.cutoff, dtype, "calibration lists")
-        model.calibration = calibrate(model, held, config.stage_two.bank)
+        model.calibration = calibrate(model, held, config.dropout.bank)
     save_model(model, config.output / MODEL)
     return model
 

@@ -2,13 +2,20 @@ import pytest
 
 from forcedrop.training import ConfigError, load_config, parse_config
 
+NONE = {"edge": 0, "message": 0, "update": 0, "readout": 0}
 MINIMAL = {"output": "runs/x", "data": {"train": ["a.xyz"]}}
+
+
+def test_what_gives_error_bars() -> None:
+    assert parse_config(MINIMAL).trains_masks
+    assert parse_config({**MINIMAL, "stage_one": {"dropout": False}, "stage_two": {"epochs": 1}}).trains_masks
+    assert not parse_config({**MINIMAL, "dropout": NONE}).trains_masks
 
 
 def test_defaults() -> None:
     config = parse_config(MINIMAL)
     assert config.dropout.readout > 0
-    assert config.stage_two.bank == 16
+    assert config.dropout.bank == 16
 
 
 @pytest.mark.parametrize(
@@ -22,8 +29,9 @@ def test_defaults() -> None:
         ({"dropout": {"update": 1.0}}, "`dropout.update`: .*less than 1"),
         ({"data": {}}, "missing key `data.train`"),
         ({"precision": "half"}, "`precision`: .*float32"),
-        ({"stage_two": {"samples": 20}}, "`samples` must not exceed `bank`, got 20 of 16"),
-        ({"dropout": {"edge": 0, "message": 0, "update": 0, "readout": 0}}, "nothing to sample"),
+        ({"stage_two": {"samples": 20}}, "`stage_two.samples` must not exceed `dropout.bank`, got 20 of 16"),
+        ({"dropout": NONE, "stage_two": {"epochs": 1}}, "nothing to sample"),
+        ({"stage_one": {"dropout": False}}, "no stage trains with masks"),
     ],
 )
 def test_each_mistake_is_named(change: dict, message: str) -> None:

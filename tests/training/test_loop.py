@@ -49,7 +49,7 @@ def test_masks_of_a_step_come_from_the_bank_one_function_per_structure() -> None
 
 @pytest.mark.parametrize("dropout", [True, False])
 def test_stage_one_minimises_the_error_of_masked_or_plain_networks(dropout: bool) -> None:
-    made = trainer(stage_one={"dropout": dropout})
+    made = trainer(stage_one={"dropout": dropout})  # stage two trains masks in both cases
     assert made.masked is dropout
     batch = first_batch(made)
     masks = {name: mask[0] for name, mask in made._training_masks(batch, 1).items()} if dropout else None

@@ -155,7 +155,14 @@ def test_bad_frames_stop_before_training_or_are_skipped(folder: Path) -> None:
     short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
     model = train(parse_config(settings(folder, data={**data, "skip_bad": True}, **short)))
     assert model.provenance["training_set"]["frames"] == 24 - 2 - 2  # a tenth to validate, a tenth to calibrate
+
+
+def test_a_plain_network_has_no_error_bars(folder: Path) -> None:
+    rates = {"edge": 0, "message": 0, "update": 0, "readout": 0}
+    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    model = train(parse_config(settings(folder, dropout=rates, **short)))
     assert model.calibration is None
+    assert model.potential.sites == ()
 
 
 def test_frames_train_on_the_labels_they_have(folder: Path) -> None:
