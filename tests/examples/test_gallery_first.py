@@ -34,3 +34,13 @@ def test_ensemble_and_jensen_gap(tmp_path: Path) -> None:
     # five averages; the ratio of their root mean square to the standard error is below 2 with probability 0.9997
     assert numbers["sampled_error"] < 2 * numbers["stated_error"]
     assert numbers["one_site_ratio"] < 2 * numbers["noise_ratio"] < numbers["deep_ratio"]
+
+
+def test_dropout_is_ridge(tmp_path: Path) -> None:
+    numbers = run("03_dropout_is_ridge", tmp_path)
+    assert abs(numbers["loss"] - numbers["loss_law"]) < 5 * numbers["loss_error"]
+    assert numbers["loss"] - numbers["plain_loss"] > 5 * numbers["loss_error"]
+    # of 40 numbers that are t-distributed with 15 degrees of freedom
+    assert numbers["largest_z"] < 6
+    assert numbers["to_ridge"] < 0.05 * numbers["to_least_squares"]
+    assert numbers["dropout_units"] < 1e-12 < 0.1 < numbers["ridge_units"]
