@@ -56,8 +56,8 @@ def trained() -> tuple[TrainedModel, list[Section]]:
     model = load_model(OUT / "model.pt") if (OUT / "model.pt").exists() else train(config, resume=True)
     about = describe_frames(read_frames(DATA / "ethanol_300K.h5"))
     text = (
-        "An equivariant network was trained plainly, then with dropout masks under a likelihood; what the spread of its "
-        "samples is worth was fitted on frames that it had not seen."
+        "An equivariant network was trained with a dropout mask per structure and step; what the spread of its samples is "
+        "worth was fitted on frames that it had not seen."
     )
     pictures = [save_figure(training_figure(OUT / "log.csv"), OUT / "training.png")]
     return model, [
