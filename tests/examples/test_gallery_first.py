@@ -44,3 +44,14 @@ def test_dropout_is_ridge(tmp_path: Path) -> None:
     assert numbers["largest_z"] < 6
     assert numbers["to_ridge"] < 0.05 * numbers["to_least_squares"]
     assert numbers["dropout_units"] < 1e-12 < 0.1 < numbers["ridge_units"]
+
+
+def test_gradient_noise_and_sharpness(tmp_path: Path) -> None:
+    numbers = run("04_gradient_noise_and_sharpness", tmp_path)
+    # 200 000 gradients that are 0 or of mean 2: the relative standard error of their variance is below 0.003
+    assert numbers["independent"] == pytest.approx(1, abs=0.015)
+    assert 0.7 < numbers["narrow"] < 1.05
+    assert 0.7 < numbers["wide"] < 1.05
+    assert all(
+        0 < numbers[f"{unit}_{loss}_rise"] < 0.5 for unit in ("ReLU", "tanh") for loss in ("plain", "regularised")
+    )
