@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import environment, write_results
 
 from forcedrop.calculator import DropoutCalculator
@@ -150,5 +149,4 @@ def _draw(make: Callable[[], Path]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

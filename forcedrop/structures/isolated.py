@@ -34,7 +34,7 @@ def isolated_energies(
                 raise ValueError(f"isolated-atom energies: {unknown[0]!r} is no chemical symbol")
             energies, origin = {atomic_numbers[s]: float(e) for s, e in given.items()}, "given"
         else:
-            energies, origin = _singles(read_frames(given)), f"from {given}"
+            energies, origin = _singles(read_frames(given)), f"from {Path(given).name}"
         missing = [chemical_symbols[z] for z in needed if z not in energies]
         if missing:
             raise ValueError(f"isolated-atom energies ({origin}) lack {', '.join(missing)}")
