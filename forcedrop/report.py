@@ -14,6 +14,7 @@ from ase.data import chemical_symbols
 from ase.symbols import Symbols
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from forcedrop.active import UNITS, Flags
 from forcedrop.evaluation import Evaluation
@@ -97,6 +98,9 @@ def _error_against_sigma(axes: Axes, error: np.ndarray, sigma: np.ndarray, name:
     axes.plot(line, line, color=_GREY, lw=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    if line[1] < 30 * line[0]:  # minor ticks would get labels that overlap
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(bottom=max(error.min(), sigma.min() * 1e-2))
     what, unit = _LABEL[name]
     axes.set_xlabel(f"σ of {what} [{unit}]")
