@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,13 @@ def test_gradient_noise_and_sharpness(tmp_path: Path) -> None:
     assert all(
         0 < numbers[f"{unit}_{loss}_rise"] < 0.5 for unit in ("ReLU", "tanh") for loss in ("plain", "regularised")
     )
+
+
+def test_relu_and_initialisation(tmp_path: Path) -> None:
+    numbers = run("05_relu_and_initialisation", tmp_path)
+    names = [name for name in numbers if f"{name}, error" in numbers]
+    assert len(names) == 11
+    for name in names:  # growth over 50 layers relative to the law; the error is a factor too
+        assert abs(math.log(numbers[name])) < 5 * math.log(numbers[f"{name}, error"])
+    assert numbers["one_layer_z"] < 5
+    assert numbers["deep_mean"] < 0.7
