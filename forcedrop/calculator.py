@@ -13,11 +13,12 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.data import chemical_symbols
 from torch import Tensor
+from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.potential import dropout_sites
-from forcedrop.sampling import Prediction, predict
+from forcedrop.sampling import Prediction, draw_masks, predict
 from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel, load_model
 
@@ -45,9 +46,9 @@ class DropoutCalculator(Calculator):
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
         dtype: precision of the network, by default that of its weights.
         uncertainty_every: 1 computes all K samples at every evaluation; energy and forces are their mean. n > 1 takes
-            energy, forces and stress from the plain (weight-scaled) network at *every* evaluation, one potential throughout
-            at the price of one pass, and computes the samples, for σ alone, at every n-th. Between, results hold no σ;
-            asking for one (``calc.get_property("forces_std", atoms)``) computes it.
+            energy, forces and stress from sample 0 at *every* evaluation, one potential throughout at the price of one pass, and
+            computes the others, for σ alone, at every n-th. Between, results hold no σ; asking for one
+            (``calc.get_property("forces_std", atoms)``) computes it.
         keep_samples: whether ``results`` also hold every sample.
         skin: of the neighbour list [Å].
         chunk: how many samples to compute at once, to bound the memory.
@@ -125,10 +126,15 @@ class DropoutCalculator(Calculator):
         if asked or due or self.uncertainty_every == 1:
             prediction = predict(self.potential, batch, n_samples=self.n_samples, seed=self.seed, chunk=self.chunk)
             results.update(self._spread(prediction))
-        best = prediction.mean if prediction and self.uncertainty_every == 1 else derive(self.potential, batch)
+        best = prediction.mean if prediction and self.uncertainty_every == 1 else self._sample(batch)
         results.update(_single(best, ""))
         results["free_energy"] = results["energy"]
         self.results = {k: v for k, v in results.items() if periodic or not k.startswith(_CELL)}
+
+    def _sample(self, batch: Batch) -> Derived:
+        """Return sample 0: a network that was trained, unlike the weight-scaled one, and as good as its spread is small."""
+        masks = draw_masks(self.potential, batch, self.seed, 1)
+        return derive(self.potential, batch, {name: mask[0] for name, mask in masks.items()})
 
     def _spread(self, prediction: Prediction) -> dict[str, Any]:
         """Return the raw and the calibrated standard deviations, and the samples if they are to be kept."""

@@ -154,7 +154,10 @@ def md(
     ),
     record_every: Annotated[int, typer.Option(help="steps between records", min=1)] = 10,
     uncertainty_every: Annotated[
-        int, typer.Option(help="1: forces are the mean of the samples at every step", min=1)
+        int,
+        typer.Option(
+            help="1: the mean of the samples moves the atoms; n: sample 0 does, and σ costs every n-th step", min=1
+        ),
     ] = 1,
     threshold: Annotated[float | None, typer.Option(help="flag above this largest atomic force σ [eV/Å]")] = None,
     quantile: Annotated[float | None, typer.Option(help="instead: this quantile of the calibration frames")] = None,
