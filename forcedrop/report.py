@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 from ase.symbols import Symbols
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from forcedrop.active import UNITS, Flags
 from forcedrop.evaluation import Evaluation
@@ -55,6 +55,7 @@ def parity_figure(evaluation: Evaluation, title: str = "") -> Figure:
         relative = " − mean" if name == "energy" else ""
         axes.set_xlabel(f"reference {what}{relative} [{unit}]")
         axes.set_ylabel(f"predicted, ±1σ [{unit}]")
+        axes.locator_params(nbins=6)
         axes.set_title(f"RMSE {_milli(float(np.sqrt(np.mean(error**2))), unit)}", fontsize=10)
     if title:
         figure.suptitle(title)
@@ -98,9 +99,9 @@ def _error_against_sigma(axes: Axes, error: np.ndarray, sigma: np.ndarray, name:
     axes.plot(line, line, color=_GREY, lw=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    if line[1] < 30 * line[0]:  # minor ticks would get labels that overlap
+    if line[1] < 30 * line[0]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())  # its labels would overlap
     axes.set_ylim(bottom=max(error.min(), sigma.min() * 1e-2))
     what, unit = _LABEL[name]
     axes.set_xlabel(f"σ of {what} [{unit}]")
@@ -121,6 +122,9 @@ def training_figure(log: str | Path) -> Figure:
         if any(second):
             axes.axvline(minutes[second.index(True)], color=_RED, lw=0.8, ls="--", label="stage two")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("time [min]")
         axes.set_ylabel(f"RMSE of {'forces' if 'forces' in name else 'energy'} [{unit}]")
         axes.legend(fontsize=8)
