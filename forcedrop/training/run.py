@@ -165,9 +165,16 @@ def _finish(
             "last_epoch": dict(trainer.progress.history[-1]),
         },
     )
+    save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
     if config.trains_masks:
         held = build_graphs(data.split.calibration, config.model.cutoff, dtype, "calibration lists")
-        model.calibration = calibrate(model, held, config.dropout.bank)
+        try:
+            model.calibration = calibrate(model, held, config.dropout.bank)
+        except ValueError as error:
+            raise ValueError(
+                f"{config.output / MODEL} was written, but could not be calibrated: {error}. Spreads of 0 mean that the "
+                "layers with dropout died in training; a lower `optimiser.learning_rate` prevents that"
+            ) from error
     save_model(model, config.output / MODEL)
     return model
 

@@ -189,6 +189,24 @@ def test_isolated_atoms_are_found_among_the_frames(folder: Path) -> None:
     assert model.provenance["training_set"]["frames"] == 20
 
 
+def test_a_model_that_cannot_be_calibrated_is_not_lost(folder: Path, monkeypatch) -> None:
+    """Its readout is dead: the samples are all the same."""
+    run_step = Trainer.run_step
+
+    def killed(trainer: Trainer, batch: object) -> torch.Tensor:
+        loss = run_step(trainer, batch)
+        for potential in (trainer.potential, trainer.ema.module):
+            potential.output.weight.data.zero_()
+            potential.layers[1].update.species.weight.data.zero_()
+        return loss
+
+    monkeypatch.setattr(Trainer, "run_step", killed)
+    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    with pytest.raises(ValueError, match=r"model\.pt was written, but could not be calibrated: \d+ of \d+ spreads are 0"):
+        train(parse_config(settings(folder, **short)))
+    assert load_model(folder / "run" / "model.pt").calibration is None
+
+
 def test_early_stopping(folder: Path) -> None:
     change = {"stage_one": {"epochs": 40, "patience": 2}, "optimiser": {"learning_rate": 0.3}}
     train(parse_config(settings(folder, **change)))
