@@ -153,11 +153,16 @@ def md_figure(
     axes[2].plot(time, column["mean_force_sigma_eV_A"], color=_GREY, lw=1, label="mean atomic force σ")
     if threshold is not None:
         axes[2].axhline(threshold, color=_RED, lw=0.8, ls="--", label="threshold")
-    for moment in flagged:
-        axes[2].axvline(moment / 1000, color=_RED, lw=0.4, alpha=0.5)
+    if flagged:  # ticks at the top, which do not hide the curves when there are many
+        place = axes[2].get_xaxis_transform()
+        moments = np.array(flagged) / 1000
+        axes[2].plot(
+            moments, np.full(len(moments), 0.97), "|", color=_RED, ms=7, mew=0.6, transform=place, label="flagged"
+        )
     axes[2].set_ylabel("force σ [eV/Å]")
+    axes[2].margins(y=0.2)
     axes[2].set_ylim(bottom=0)
-    axes[2].legend(fontsize=8, ncols=3)
+    axes[2].legend(fontsize=8, ncols=4, loc="lower right")
     if panels == 4:
         pressure, band = column["pressure_GPa"], column["pressure_sigma_GPa"]
         axes[3].fill_between(time, pressure - band, pressure + band, color="#9cc0e7")
