@@ -118,7 +118,7 @@ def simulated(model: TrainedModel) -> list[Section]:
         picture = save_figure(md_figure(run.rows, run.flagged, run.threshold), folder / "md.png")
         text = (
             "The masks are fixed, so the mean of the samples is one smooth potential and the total energy stays level in NVE. "
-            f"Red lines mark the moments that the model flags.\n\n  {indent(run.summary())}"
+            f"Red ticks mark the moments that the model flags.\n\n  {indent(run.summary())}"
         )
         sections.append((f"Dynamics: {name}", text, [picture]))
     return sections

@@ -160,9 +160,9 @@ def md_figure(
             moments, np.full(len(moments), 0.97), "|", color=_RED, ms=7, mew=0.6, transform=place, label="flagged"
         )
     axes[2].set_ylabel("force σ [eV/Å]")
-    axes[2].margins(y=0.2)
+    axes[2].margins(y=0.4)
     axes[2].set_ylim(bottom=0)
-    axes[2].legend(fontsize=8, ncols=4, loc="lower right")
+    axes[2].legend(fontsize=8, ncols=4, loc="upper right", bbox_to_anchor=(1, 0.93))
     if panels == 4:
         pressure, band = column["pressure_GPa"], column["pressure_sigma_GPa"]
         axes[3].fill_between(time, pressure - band, pressure + band, color="#9cc0e7")
