@@ -112,13 +112,13 @@ def simulated(model: TrainedModel) -> list[Section]:
         folder = OUT / f"md_{temperature:.0f}K"
         run = run_md(
             start.copy(), calculator, folder, ensemble=ensemble, temperature=temperature, steps=600, record_every=5,
-            threshold=threshold,
+            threshold=threshold, stop_above=None if threshold is None else 10 * threshold,
         )  # fmt: skip
         print(run.summary())
         picture = save_figure(md_figure(run.rows, run.flagged, run.threshold), folder / "md.png")
         text = (
             "The masks are fixed, so the mean of the samples is one smooth potential and the total energy stays level in NVE. "
-            f"Red ticks mark the moments that the model flags.\n\n  {indent(run.summary())}"
+            f"Red ticks mark the moments that the model flags; at ten times that σ the run ends.\n\n  {indent(run.summary())}"
         )
         sections.append((f"Dynamics: {name}", text, [picture]))
     return sections

@@ -161,6 +161,7 @@ def md(
     ] = 1,
     threshold: Annotated[float | None, typer.Option(help="flag above this largest atomic force σ [eV/Å]")] = None,
     quantile: Annotated[float | None, typer.Option(help="instead: this quantile of the calibration frames")] = None,
+    stop_above: Annotated[float | None, typer.Option(help="end the run at this largest atomic force σ [eV/Å]")] = None,
     keep_velocities: Annotated[bool, typer.Option("--keep-velocities", help="use those in the file")] = False,
     samples: Samples = 16,
     seed: Annotated[int, typer.Option(help="of velocities and thermostat")] = 0,
@@ -187,7 +188,8 @@ def md(
     calculator = DropoutCalculator(loaded, samples, mask_seed, device_of(device), uncertainty_every=uncertainty_every)
     run = run_md(
         atoms, calculator, output, ensemble=kind, temperature=temperature, steps=steps, timestep=timestep,
-        record_every=record_every, seed=seed, threshold=limit, velocities=not keep_velocities,
+        record_every=record_every, seed=seed, threshold=limit, stop_above=stop_above,
+        velocities=not keep_velocities,
     )  # fmt: skip
     save_figure(md_figure(run.rows, run.flagged, limit), output / "md.png")
     typer.echo(run.summary())

@@ -115,7 +115,9 @@ class MDRun:
         rows: one per recorded step: time, energies, temperature, σ; see ``md.csv``.
         flagged: times [fs] of the recorded steps whose largest atomic force σ is above the threshold.
         threshold: [eV/Å], if there is one.
-        drift: of the total energy; meaningful in NVE.
+        drift: of the total energy; meaningful at constant energy only.
+        conserves: whether the ensemble keeps the total energy.
+        stopped: the time [fs] at which σ ended the run early, if it did.
         folder: where the files are.
     """
 
@@ -123,16 +125,25 @@ class MDRun:
     flagged: list[float]
     threshold: float | None
     drift: Drift
+    conserves: bool
+    stopped: float | None
     folder: Path
 
     def summary(self) -> str:
         """Return a few sentences for the terminal."""
         last = self.rows[-1]
         mean = float(np.mean([row["max_force_sigma_eV_A"] for row in self.rows]))
-        lines = [
-            f"{last['time_fs'] / 1000:.2f} ps; total energy drifts by {self.drift.mean:.3f} meV/atom/ps and fluctuates by "
-            f"{self.drift.fluctuation:.3f} meV/atom; largest atomic force σ {mean:.3f} eV/Å on average"
-        ]
+        lines = [f"{last['time_fs'] / 1000:.2f} ps; largest atomic force σ {mean:.3f} eV/Å on average"]
+        if self.conserves:
+            lines.append(
+                f"total energy drifts by {self.drift.mean:.3f} meV/atom/ps and fluctuates by "
+                f"{self.drift.fluctuation:.3f} meV/atom"
+            )
+        if self.stopped is not None:
+            lines.append(
+                f"stopped at {self.stopped / 1000:.3f} ps: there the largest atomic force σ is "
+                f"{last['max_force_sigma_eV_A']:.3f} eV/Å, and what comes after would mean nothing"
+            )
         if self.threshold is not None:
             lines.append(
                 f"{len(self.flagged)} of {len(self.rows)} recorded steps are flagged (σ above {self.threshold:.3f} eV/Å)"
@@ -156,6 +167,7 @@ def run_md(
     record_every: int = 10,
     seed: int = 0,
     threshold: float | None = None,
+    stop_above: float | None = None,
     velocities: bool = True,
     on_record: Callable[[Atoms], None] | None = None,
 ) -> MDRun:
@@ -175,6 +187,7 @@ def run_md(
         record_every: steps between records.
         seed: of velocities and thermostat.
         threshold: largest atomic force σ [eV/Å] above which a step is flagged.
+        stop_above: largest atomic force σ [eV/Å] at a recorded step that ends the run.
         velocities: draw new velocities; otherwise those of ``atoms`` are kept.
         on_record: called with the atoms at every recorded step.
 
@@ -196,7 +209,7 @@ def run_md(
     dynamics = ensemble.dynamics(atoms, timestep, temperature, rng)
     recorder = _Recorder(atoms, calculator, folder, timestep, threshold, on_record)
     with recorder, tqdm(total=steps, unit="step") as bar:
-        recorder.record(0)
+        row, stopped = recorder.record(0), None
         for done in range(record_every, steps + record_every, record_every):
             chunk = min(record_every, steps - (done - record_every))
             if chunk == 0:
@@ -205,14 +218,20 @@ def run_md(
             bar.update(chunk)
             row = recorder.record(min(done, steps))
             bar.set_postfix_str(recorder.line(row))
+            if stop_above is not None and row["max_force_sigma_eV_A"] > stop_above:
+                stopped = row["time_fs"]
+                break
     settings = {
         "ensemble": {type(ensemble).__name__: asdict(ensemble)}, "temperature_K": temperature, "steps": steps,
         "timestep_fs": timestep, "seed": seed, "n_samples": calculator.n_samples, "mask_seed": calculator.seed,
         "uncertainty_every": calculator.uncertainty_every,
     }  # fmt: skip
-    run = MDRun(recorder.rows, recorder.flagged, threshold, energy_drift(recorder.rows, len(atoms)), folder)
+    drift = energy_drift(recorder.rows, len(atoms))
+    conserves = isinstance(ensemble, NVE)
+    run = MDRun(recorder.rows, recorder.flagged, threshold, drift, conserves, stopped, folder)
     summary = {
-        "settings": settings, "threshold_eV_A": threshold, "flagged_fs": run.flagged, "drift": asdict(run.drift)
+        "settings": settings, "threshold_eV_A": threshold, "flagged_fs": run.flagged, "drift": asdict(drift),
+        "stop_above_eV_A": stop_above, "stopped_fs": stopped,
     }  # fmt: skip
     (folder / "md.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return run

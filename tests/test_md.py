@@ -44,6 +44,7 @@ def test_files_hold_every_recorded_step_with_sigma(trained, tmp_path) -> None:
     summary = json.loads((tmp_path / "md.json").read_text())
     assert summary["settings"]["n_samples"] == 4
     assert "flagged" in run.summary()
+    assert "drifts" in run.summary()
 
 
 def test_same_seed_same_run(trained, tmp_path) -> None:
@@ -106,6 +107,21 @@ def test_velocities_are_kept_on_request(trained, tmp_path) -> None:
     atoms = crystal()
     run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=1, timestep=0.001, velocities=False)
     assert np.abs(atoms.get_velocities()).max() < 1e-3
+
+
+def test_a_large_sigma_ends_the_run(trained, tmp_path) -> None:
+    whole = run_md(crystal(), DropoutCalculator(trained, 2), tmp_path / "a", steps=40, timestep=2.0, temperature=900)
+    sigma = [row["max_force_sigma_eV_A"] for row in whole.rows]
+    limit = float(np.median(sigma))
+    run = run_md(
+        crystal(), DropoutCalculator(trained, 2), tmp_path / "b", steps=40, timestep=2.0, temperature=900, stop_above=limit
+    )  # fmt: skip
+    first = next(k for k, value in enumerate(sigma) if value > limit and k > 0)
+    assert run.rows == whole.rows[: first + 1]
+    assert run.stopped == whole.rows[first]["time_fs"]
+    assert len(read_frames(tmp_path / "b" / "md.h5")) == first + 1
+    assert "stopped at" in run.summary()
+    assert whole.stopped is None
 
 
 def test_bad_settings(trained, tmp_path) -> None:
