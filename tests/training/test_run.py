@@ -202,7 +202,9 @@ def test_a_model_that_cannot_be_calibrated_is_not_lost(folder: Path, monkeypatch
 
     monkeypatch.setattr(Trainer, "run_step", killed)
     short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
-    with pytest.raises(ValueError, match=r"model\.pt was written, but could not be calibrated: \d+ of \d+ spreads are 0"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt was written, but could not be calibrated: \d+ of \d+ spreads are 0"
+    ):
         train(parse_config(settings(folder, **short)))
     assert load_model(folder / "run" / "model.pt").calibration is None
 
