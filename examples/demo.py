@@ -91,7 +91,7 @@ def evaluated(model: TrainedModel) -> list[Section]:
             save_figure(sigma_figure(result, name), OUT / f"sigma_{stem}.png"),
         ]
         text = (
-            "Left: predictions against the reference. Right of them: |error| against σ, which honest error bars keep in the "
+            "Above: predictions against the reference. Below: |error| against σ, which honest error bars keep in the "
             f"grey band, and how many errors lie inside their intervals.\n\n  {indent(table)}"
         )
         sections.append((f"Ethanol at {name}", text, pictures))
