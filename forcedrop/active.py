@@ -55,7 +55,7 @@ def flag(
     criterion: str = "max_force",
     threshold: float | None = None,
     quantile: float | None = None,
-    n_samples: int = 16,
+    n_samples: int | None = None,
     seed: int | None = None,
 ) -> Flags:
     """Predict all frames, rank them by σ, and flag those above a threshold.
@@ -67,7 +67,7 @@ def flag(
             [eV/Å] or ``energy_per_atom`` [eV].
         threshold: σ in the criterion's unit.
         quantile: instead, the σ below which this share of the calibration frames lies; 0.95 if neither is given.
-        n_samples: K.
+        n_samples: K; by default all masks that the model was trained with.
         seed: of the masks; by default those the model was trained with.
 
     Raises:

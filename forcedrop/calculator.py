@@ -40,7 +40,7 @@ class DropoutCalculator(Calculator):
 
     Args:
         model: a path to a model file, or a loaded model.
-        n_samples: K ≥ 2.
+        n_samples: K ≥ 2; by default all masks that the model was trained with: 16, unless its training file said otherwise.
         seed: of the masks; by default the model's own, of the bank it was trained with. Masks outside the bank are allowed,
             with a warning.
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
@@ -69,7 +69,7 @@ class DropoutCalculator(Calculator):
     def __init__(
         self,
         model: TrainedModel | str | Path,
-        n_samples: int = 16,
+        n_samples: int | None = None,
         seed: int | None = None,
         device: str | torch.device | None = None,
         *,
@@ -80,7 +80,7 @@ class DropoutCalculator(Calculator):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        if n_samples < 2:
+        if n_samples is not None and n_samples < 2:
             raise ValueError(f"error bars need at least 2 samples, got n_samples={n_samples}")
         if uncertainty_every < 1:
             raise ValueError(f"`uncertainty_every` must be at least 1, got {uncertainty_every}")
@@ -91,9 +91,7 @@ class DropoutCalculator(Calculator):
         same = (self.model.device, self.model.dtype) == (self.device, dtype)
         self.potential = self.model.potential if same else deepcopy(self.model.potential).to(self.device, dtype)
         self.potential.eval()
-        self.n_samples = n_samples
-        self.seed = self.model.bank_seed if seed is None else seed
-        self.model.check_masks(n_samples, self.seed)
+        self.n_samples, self.seed = self.model.masks_for(n_samples, seed)
         self.uncertainty_every = uncertainty_every
         self.keep_samples = keep_samples
         self.chunk = chunk

@@ -39,7 +39,7 @@ class Criterion(StrEnum):
 
 Model = Annotated[Path, typer.Argument(help="model file, such as runs/ethanol/model.pt", show_default=False)]
 Files = Annotated[list[Path], typer.Argument(help="xyz, traj, db, json, npz or h5 files", show_default=False)]
-Samples = Annotated[int, typer.Option(help="number K of Monte-Carlo samples", min=2)]
+Samples = Annotated[int | None, typer.Option(help="number K of Monte-Carlo samples; by default the model's", min=2)]
 Seed = Annotated[int | None, typer.Option(help="seed of the masks; by default the model's own")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="drop and list bad frames instead of stopping")]
@@ -98,7 +98,7 @@ def evaluate(
     files: Files,
     output: Annotated[Path | None, typer.Option(help="folder for evaluation.json, parity.png, sigma.png")] = None,
     write: Annotated[Path | None, typer.Option(help="also write the frames with σ, as .xyz or .h5")] = None,
-    samples: Samples = 16,
+    samples: Samples = None,
     seed: Seed = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
@@ -163,7 +163,7 @@ def md(
     quantile: Annotated[float | None, typer.Option(help="instead: this quantile of the calibration frames")] = None,
     stop_above: Annotated[float | None, typer.Option(help="end the run at this largest atomic force σ [eV/Å]")] = None,
     keep_velocities: Annotated[bool, typer.Option("--keep-velocities", help="use those in the file")] = False,
-    samples: Samples = 16,
+    samples: Samples = None,
     seed: Annotated[int, typer.Option(help="of velocities and thermostat")] = 0,
     mask_seed: Seed = None,
     device: Device = "auto",
@@ -206,7 +206,7 @@ def flag(
     criterion: Annotated[Criterion, typer.Option(help="what to rank by")] = Criterion.max_force,
     threshold: Annotated[float | None, typer.Option(help="absolute σ [eV/Å, or eV per atom]")] = None,
     quantile: Annotated[float | None, typer.Option(help="instead: quantile of the calibration frames [0.95]")] = None,
-    samples: Samples = 16,
+    samples: Samples = None,
     seed: Seed = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,

@@ -80,7 +80,7 @@ def predict_frames(
     model: TrainedModel,
     frames: Sequence[Frame],
     *,
-    n_samples: int = 16,
+    n_samples: int | None = None,
     seed: int | None = None,
     what: str = "predict",
 ) -> list[FramePrediction]:
@@ -94,8 +94,7 @@ def predict_frames(
         raise BadFrames(problems)
     finder = NeighbourFinder(model.potential.config.cutoff)
     graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
-    seed = model.bank_seed if seed is None else seed
-    model.check_masks(n_samples, seed)
+    n_samples, seed = model.masks_for(n_samples, seed)
     predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
     return list(tqdm(predictions, total=len(frames), desc=what, unit="frame"))
 
@@ -104,7 +103,7 @@ def evaluate(
     model: TrainedModel,
     frames: Sequence[Frame],
     *,
-    n_samples: int = 16,
+    n_samples: int | None = None,
     seed: int | None = None,
     predictions: Sequence[FramePrediction] | None = None,
 ) -> Evaluation:
@@ -113,7 +112,7 @@ def evaluate(
     Args:
         model: what to judge.
         frames: structures with labels.
-        n_samples: K.
+        n_samples: K; by default all masks that the model was trained with.
         seed: of the masks; by default those the model was trained with.
         predictions: from :func:`predict_frames` on these frames, where they exist already.
 

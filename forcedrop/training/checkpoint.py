@@ -53,14 +53,20 @@ class TrainedModel:
         """Where the weights are."""
         return self.potential.hidden_bias.device
 
-    def check_masks(self, n_samples: int, seed: int) -> None:
-        """Warn (``UserWarning``) about masks that are not among those of the training."""
+    def masks_for(self, n_samples: int | None, seed: int | None) -> tuple[int, int]:
+        """Return the number of samples and the seed to use: all masks of the training (16 if it had no bank) where None.
+
+        Warns (``UserWarning``) about masks that are not among those of the training.
+        """
+        n_samples = n_samples if n_samples is not None else self.bank or 16
+        seed = self.bank_seed if seed is None else seed
         if self.bank and (seed != self.bank_seed or n_samples > self.bank):
             warnings.warn(
                 f"this model was trained with the {self.bank} masks of seed {self.bank_seed}, asked for {n_samples} of seed "
                 f"{seed}: masks that were not trained predict worse, and their σ is not calibrated",
                 stacklevel=3,
             )
+        return n_samples, seed
 
 
 def save_model(model: TrainedModel, path: str | Path) -> None:
