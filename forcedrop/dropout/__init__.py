@@ -1,43 +1,115 @@
-"""General dropout for PyTorch: it imports torch and nothing else."""
+"""General dropout for PyTorch: it imports torch and nothing else.
 
-from __future__ import annotations
+The theory is in ``forcedrop.dropout.theory``, single cells for own recurrent loops in ``forcedrop.dropout.cells``.
+"""
 
-from importlib import import_module
-from typing import Any
+from forcedrop.dropout.attention import (
+    AttentionDropout,
+    ValueDropout,
+    attention_dropout,
+    dropout_attention,
+    value_dropout,
+)
+from forcedrop.dropout.banks import MaskBankDropout, mask_bank_dropout, masksembles_masks, overlap
+from forcedrop.dropout.cells import RecurrentMasks, gru_cell, lstm_cell
+from forcedrop.dropout.concrete import ConcreteDropout, concrete_dropout
+from forcedrop.dropout.elementwise import (
+    ClassicDropout,
+    Dropout,
+    GaussianDropout,
+    classic_dropout,
+    dropout,
+    gaussian_dropout,
+)
+from forcedrop.dropout.equivariant import IrrepsDropout, TensorDropout, irreps_dropout, tensor_dropout
+from forcedrop.dropout.freeze import dropout_sites, frozen
+from forcedrop.dropout.function import FunctionSample
+from forcedrop.dropout.graphs import (
+    EdgeDropout,
+    NodeDropout,
+    NodeFeatureDropout,
+    drop_edges,
+    edge_dropout,
+    node_dropout,
+    node_feature_dropout,
+)
+from forcedrop.dropout.init import dropout_kaiming_normal_, dropout_kaiming_uniform_
+from forcedrop.dropout.masks import edge_identity, edge_mask, feature_mask
+from forcedrop.dropout.montecarlo import mc_samples
+from forcedrop.dropout.recurrent import DropoutGRU, DropoutLSTM
+from forcedrop.dropout.schedule import LinearSchedule, linear_rate
+from forcedrop.dropout.sequence import LockedDropout, Zoneout, locked_dropout, zoneout
+from forcedrop.dropout.site import DropoutSite
+from forcedrop.dropout.structured import (
+    ChannelDropout,
+    DropBlock1d,
+    DropBlock2d,
+    DropBlock3d,
+    DropPath,
+    channel_dropout,
+    drop_block,
+    drop_path,
+)
+from forcedrop.dropout.summaries import classification_summary, regression_summary
 
-_MENU = {
-    "banks": ("MaskBankDropout", "mask_bank_dropout", "masksembles_masks", "overlap"),
-    "concrete": ("ConcreteDropout", "concrete_dropout"),
-    "elementwise": (
-        "ClassicDropout", "Dropout", "GaussianDropout", "classic_dropout", "dropout", "gaussian_dropout",
-    ),
-    "equivariant": ("IrrepsDropout", "TensorDropout", "irreps_dropout", "tensor_dropout"),
-    "attention": ("AttentionDropout", "ValueDropout", "attention_dropout", "dropout_attention", "value_dropout"),
-    "freeze": ("dropout_sites", "frozen"),
-    "function": ("FunctionSample",),
-    "graphs": (
-        "EdgeDropout", "NodeDropout", "NodeFeatureDropout", "drop_edges", "edge_dropout", "node_dropout",
-        "node_feature_dropout",
-    ),
-    "init": ("dropout_kaiming_normal_", "dropout_kaiming_uniform_"),
-    "masks": ("edge_identity", "edge_mask", "feature_mask"),
-    "montecarlo": ("mc_samples",),
-    "cells": ("RecurrentMasks", "gru_cell", "lstm_cell"),
-    "recurrent": ("DropoutGRU", "DropoutLSTM"),
-    "schedule": ("LinearSchedule", "linear_rate"),
-    "sequence": ("LockedDropout", "Zoneout", "locked_dropout", "zoneout"),
-    "site": ("DropoutSite",),
-    "structured": (
-        "ChannelDropout", "DropBlock1d", "DropBlock2d", "DropBlock3d", "DropPath", "channel_dropout", "drop_block",
-        "drop_path",
-    ),
-    "summaries": ("classification_summary", "regression_summary"),
-}  # fmt: skip
-_ROOM = {name: room for room, names in _MENU.items() for name in names}
-__all__ = sorted(_ROOM)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOM:
-        return getattr(import_module(f"{__name__}.{_ROOM[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "AttentionDropout",
+    "ChannelDropout",
+    "ClassicDropout",
+    "ConcreteDropout",
+    "DropBlock1d",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
+    "Dropout",
+    "DropoutGRU",
+    "DropoutLSTM",
+    "DropoutSite",
+    "EdgeDropout",
+    "FunctionSample",
+    "GaussianDropout",
+    "IrrepsDropout",
+    "LinearSchedule",
+    "LockedDropout",
+    "MaskBankDropout",
+    "NodeDropout",
+    "NodeFeatureDropout",
+    "RecurrentMasks",
+    "TensorDropout",
+    "ValueDropout",
+    "Zoneout",
+    "attention_dropout",
+    "channel_dropout",
+    "classic_dropout",
+    "classification_summary",
+    "concrete_dropout",
+    "drop_block",
+    "drop_edges",
+    "drop_path",
+    "dropout",
+    "dropout_attention",
+    "dropout_kaiming_normal_",
+    "dropout_kaiming_uniform_",
+    "dropout_sites",
+    "edge_dropout",
+    "edge_identity",
+    "edge_mask",
+    "feature_mask",
+    "frozen",
+    "gaussian_dropout",
+    "gru_cell",
+    "irreps_dropout",
+    "linear_rate",
+    "locked_dropout",
+    "lstm_cell",
+    "mask_bank_dropout",
+    "masksembles_masks",
+    "mc_samples",
+    "node_dropout",
+    "node_feature_dropout",
+    "overlap",
+    "regression_summary",
+    "tensor_dropout",
+    "value_dropout",
+    "zoneout",
+]
