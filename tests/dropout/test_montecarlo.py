@@ -607,3 +607,20 @@ def test_what_is_no_probability(p: list[list[float]]) -> None:
         classification_summary(torch.tensor(p), logits=False)
     with pytest.raises(ValueError, match="2 or more classes"):
         classification_summary(torch.tensor(p)[:, :1])
+
+
+def test_remembered_masks_serve_autograd_other_seeds_and_few_at_a_time() -> None:
+    from forcedrop.dropout import montecarlo
+
+    model, x = perceptron(), normal(3, 5)
+    montecarlo._TABLES.clear()
+    with torch.inference_mode():  # its tensors could not be differentiated later
+        first = mc_samples(model, x, 4)
+    again = mc_samples(model, x.clone().requires_grad_(), 4)
+    again.sum().backward()
+    assert torch.equal(first.clone(), again.detach())
+    assert not torch.equal(first.clone(), mc_samples(model, x, 4, seed=1).detach())
+    for seed in range(40):
+        mc_samples(model, x, 2, seed=seed)
+    assert len(montecarlo._TABLES) <= montecarlo._MOST_TABLES
+    assert torch.equal(mc_samples(model, x, 4).detach(), first.clone())
