@@ -5,12 +5,12 @@ them away with it. Small convolutional networks learn 500 of scikit-learn's 8 ×
 are tested on the other 1297, as they are and with a square of each image erased at a random place. One should see:
 
 1. At the same rate of 0.3, 98 % of the units dropped elementwise have a kept neighbour; under DropBlock 64 % have.
-2. On clean images elementwise dropout gains one and a half points; blocks drawn for every channel gain nothing, blocks shared by
-   all channels about one point.
-3. Up to squares of 3 × 3 no kind is clearly ahead. From 4 × 4 on, DropBlock gains two to five times what elementwise dropout
-   gains at the same rate, and a higher rate of elementwise dropout does not make up for it.
+2. On clean images elementwise dropout gains a point and DropBlock does not: nothing with blocks for every channel, somewhat less
+   than a point with one block for all channels.
+3. Any dropout helps when a part is erased. From 4 × 4 on DropBlock is ahead, by two to four points over elementwise dropout of
+   the same rate; on smaller squares it is not. Seven seeds show this only just: the error bar of the difference is above a point.
 
-Accuracies are in percent, means over random splits and initialisations; gains are paired by seed.
+Accuracies are in percent, means over random splits and initialisations; gains are paired by seed; ± is one standard error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from forcedrop.dropout import DropBlock2d, Dropout, DropoutSite
 
 EDGE = 8  # of an image [pixel]
 N_TRAIN = 500
-SQUARES = (0, 1, 2, 3, 4, 5)  # edges of the erased square [pixel]
+FIRST_SEED = 1000  # the settings were chosen on other seeds
+SQUARES = (0, 2, 3, 4, 5)  # edges of the erased square [pixel]
 SHOWN = 4  # the square of the comparison and of the pictures
 ELEMENTWISE, BLOCK = "elementwise, p = 0.3", "DropBlock 3 × 3, p = 0.3"
 STYLES = {
@@ -55,12 +56,11 @@ def main(fast: bool = False, figure: Path | None = None) -> Numbers:
         "share of the dropped units that have a kept neighbour", ("dropout", "share"), list(neighbours.items())
     )
 
-    n_seeds, n_steps = (2, 80) if fast else (6, 300)
+    n_seeds, n_steps = (2, 80) if fast else (7, 300)
+    seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
     data = load_digits()
     images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
-    accuracy = {
-        name: torch.stack([trial(name, images, labels, seed, n_steps) for seed in range(n_seeds)]) for name in STYLES
-    }
+    accuracy = {name: torch.stack([trial(name, images, labels, seed, n_steps) for seed in seeds]) for name in STYLES}
     gains = {name: a - accuracy["no dropout"] for name, a in accuracy.items()}
     rows = [
         (name, *(f"{m:.1f} ± {e:.1f}" for m, e in zip(*mean_and_error(a), strict=True))) for name, a in accuracy.items()
@@ -72,15 +72,16 @@ def main(fast: bool = False, figure: Path | None = None) -> Numbers:
     ]
     gallery.table("gain over no dropout [percentage points]", header, rows[1:])
 
-    (ahead,), (error,) = mean_and_error((gains[BLOCK] - gains[ELEMENTWISE])[:, SHOWN : SHOWN + 1])
+    at = SQUARES.index(SHOWN)
+    (ahead,), (error,) = mean_and_error((gains[BLOCK] - gains[ELEMENTWISE])[:, at : at + 1])
     print(f"\n{BLOCK} over {ELEMENTWISE}, {SHOWN} × {SHOWN} erased: {ahead:+.1f} ± {error:.1f} percentage points")
 
     gallery.save(draw(images, labels, accuracy, gains), figure)
     return {
         "neighbour, elementwise": neighbours[ELEMENTWISE],
         "neighbour, block": neighbours[BLOCK],
-        "gain, elementwise": float(gains[ELEMENTWISE][:, SHOWN].mean()),
-        "gain, block": float(gains[BLOCK][:, SHOWN].mean()),
+        "gain, elementwise": float(gains[ELEMENTWISE][:, at].mean()),
+        "gain, block": float(gains[BLOCK][:, at].mean()),
     }
 
 
@@ -111,7 +112,7 @@ def network(name: str, channels: int = 16) -> nn.Module:
 
 
 def trial(name: str, images: Tensor, labels: Tensor, seed: int, n_steps: int) -> Tensor:
-    """Train one network and return its test accuracy for each of ``SQUARES``, shape (6,) [%]."""
+    """Train one network and return its test accuracy for each of ``SQUARES``, shape (5,) [%]."""
     generator = torch.Generator().manual_seed(seed)  # split and batches: the same for every kind of dropout
     order = torch.randperm(len(images), generator=generator)
     train, test = order[:N_TRAIN], order[N_TRAIN:]

@@ -2,19 +2,21 @@
 
 Networks with weights for a node's own features and others for the mean over its neighbours learn two classes from 40 labelled
 nodes of a contextual stochastic block model (400 nodes, 4 neighbours on average). Homophily is the share of neighbours of the
-own class: at 0 and at 1 neighbours tell the class, at 0.5 they tell nothing. Dropout is a ridge penalty, so each kind makes the
-network rely on what it does not drop, and that is good or bad according to where the information is. One should see:
+own class: at 0 and at 1 neighbours tell the class, at 0.5 they tell nothing. Dropout acts like a ridge penalty, so each kind
+makes the network rely on what it does not drop, and that is good or bad according to where the information is. One should see:
 
-1. Edge dropout makes the neighbours count about three times less, at any homophily. It helps in the middle, where neighbours are
-   noise (three points of accuracy), and costs about a point towards both ends, where they are the signal.
-2. Node dropout makes them count about twice as much, feature dropout a little more than without: what is dropped from a mean over
-   neighbours does less harm than what is dropped from the node itself. Both cost most in the middle, node dropout 17 points, and
-   nothing at the ends.
+1. Edge dropout makes the neighbours count two to three times less, at any homophily. It helps in the middle, where neighbours are
+   noise (three points of accuracy), and hurts towards both ends, where they are the signal (two to five points).
+2. Node dropout makes them count about twice as much, feature dropout somewhat more: what is dropped from a mean over neighbours
+   does less harm than what is dropped from the node itself. Both cost most in the middle, node dropout 13 points, and nothing
+   that shows at the ends.
 3. Zachary's karate club (34 members, only the heads of the two factions are labelled, a member's features are his friends): the
-   accuracy is about 31 of 32 with or without dropout. But samples of edge dropout tell whose faction is open: they disagree six
+   accuracy is about 31 of 32 with or without dropout. But samples of edge dropout tell whose faction is open: they disagree seven
    times as much about the seven members who have a quarter or more of their friends in the other faction.
 
-Accuracies are on unlabelled nodes, in percent; ± is one standard error over graphs, labels and initialisations; gains are paired.
+The features' strength was chosen, on other seeds, so that edge dropout shows both signs: with stronger features its losses at the
+ends shrink to a point or less. Accuracies are on unlabelled nodes, in percent; ± is one standard error over graphs, labels and
+initialisations; gains are paired.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from torch_geometric.datasets import KarateClub
 from forcedrop.dropout import EdgeDropout, NodeDropout, NodeFeatureDropout, classification_summary, mc_samples
 from forcedrop.dropout.summaries import ClassificationSummary
 
-N_NODES, N_TRAIN, N_FEATURES, DEGREE, STRENGTH = 400, 40, 128, 4, 2.0
+N_NODES, N_TRAIN, N_FEATURES, DEGREE, STRENGTH = 400, 40, 128, 4, 1.5
+FIRST_SEED = 1000  # the settings were chosen on other seeds
 # a node meets four edges and only one bit of its own, so edges need a larger rate for an effect of the same size
 RATES = {"none": 0.0, "feature": 0.5, "node": 0.5, "edge": 0.8}
 KARATE_RATE = 0.5
@@ -106,7 +109,7 @@ def main(fast: bool = False, figure: Path | None = None) -> Numbers:
     club, n_clubs = karate_club(), 2 if fast else 8
     split = {kind: karate_accuracy(club, kind, n_clubs) for kind in STYLES}
     gallery.table("karate club", ("dropped", "accuracy [%]"), [(kind, pm(values)) for kind, values in split.items()])
-    samples = [karate_samples(club, seed) for seed in range(n_clubs)]
+    samples = [karate_samples(club, FIRST_SEED + i) for i in range(n_clubs)]
     open_ones = other_friends(club) >= 0.25
     doubt = torch.tensor([[float(s.mutual_information[m].mean()) for m in (open_ones, ~open_ones)] for s in samples])
     print(
@@ -124,11 +127,12 @@ def sweep(kind: str, homophilies: tuple[float, ...], n_seeds: int, n_steps: int)
     """Return accuracy [%] and reliance on neighbours, shape (homophilies, seeds, 2)."""
     found = torch.zeros(len(homophilies), n_seeds, 2)
     for i, homophily in enumerate(homophilies):
-        for seed in range(n_seeds):
+        for number in range(n_seeds):
+            seed = FIRST_SEED + number
             graph = block_model(homophily, seed)
             order = torch.randperm(N_NODES, generator=torch.Generator().manual_seed(seed))
             model = trained(graph, order[:N_TRAIN], kind, RATES[kind], seed, n_steps)
-            found[i, seed] = torch.tensor([accuracy(model, graph, order[N_TRAIN:]), reliance(model, graph)])
+            found[i, number] = torch.tensor([accuracy(model, graph, order[N_TRAIN:]), reliance(model, graph)])
     return found
 
 
@@ -191,7 +195,7 @@ def reliance(model: GraphNetwork, graph: Graph) -> float:
 def karate_accuracy(club: Graph, kind: str, n_seeds: int) -> Tensor:
     """Return the accuracy on the 32 others after training on the two heads, for every seed [%]."""
     others = torch.tensor([i for i in range(34) if i not in HEADS])
-    models = [trained(club, torch.tensor(HEADS), kind, KARATE_RATE, seed, 100) for seed in range(n_seeds)]
+    models = [trained(club, torch.tensor(HEADS), kind, KARATE_RATE, FIRST_SEED + i, 100) for i in range(n_seeds)]
     return torch.tensor([accuracy(model, club, others) for model in models])
 
 
