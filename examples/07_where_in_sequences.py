@@ -14,7 +14,8 @@ same at every time step; those of the Transformer's features and attention weigh
 
 The best moment is chosen on the validation text itself, for all in the same way. ± is one standard error over three seeds
 (initialisations, batches and masks), on one text; another Python version has a slightly different one. Rates are equal, not
-tuned. """
+tuned.
+"""
 
 from __future__ import annotations
 
