@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ase import Atoms, units
@@ -27,6 +27,8 @@ from forcedrop.units import GPA
 class NVE:
     """Velocity Verlet at constant energy."""
 
+    conserves_energy: ClassVar[bool] = True
+
     def dynamics(
         self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator
     ) -> MolecularDynamics:
@@ -41,6 +43,8 @@ class NVT:
     Attributes:
         friction: [1/fs].
     """
+
+    conserves_energy: ClassVar[bool] = False
 
     friction: float = 0.01
 
@@ -67,6 +71,8 @@ class NPT:
         thermostat_time: [fs].
         barostat_time: [fs].
     """
+
+    conserves_energy: ClassVar[bool] = False
 
     pressure: float = 0.0
     thermostat_time: float = 100.0
@@ -209,7 +215,8 @@ def run_md(
     dynamics = ensemble.dynamics(atoms, timestep, temperature, rng)
     recorder = _Recorder(atoms, calculator, folder, timestep, threshold, on_record)
     with recorder, tqdm(total=steps, unit="step") as bar:
-        row, stopped = recorder.record(0), None
+        recorder.record(0)
+        stopped = None
         for done in range(record_every, steps + record_every, record_every):
             chunk = min(record_every, steps - (done - record_every))
             if chunk == 0:
@@ -227,8 +234,7 @@ def run_md(
         "uncertainty_every": calculator.uncertainty_every,
     }  # fmt: skip
     drift = energy_drift(recorder.rows, len(atoms))
-    conserves = isinstance(ensemble, NVE)
-    run = MDRun(recorder.rows, recorder.flagged, threshold, drift, conserves, stopped, folder)
+    run = MDRun(recorder.rows, recorder.flagged, threshold, drift, ensemble.conserves_energy, stopped, folder)
     summary = {
         "settings": settings, "threshold_eV_A": threshold, "flagged_fs": run.flagged, "drift": asdict(drift),
         "stop_above_eV_A": stop_above, "stopped_fs": stopped,

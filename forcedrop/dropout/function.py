@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.masks import UNIFORM_BITS, check_rate, random_bits, site_key
+from forcedrop.dropout.masks import UNIFORM_BITS, kept, random_bits, site_key
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FunctionSample:
             ValueError: if ``p`` is not in [0, 1).
         """
         units = torch.arange(math.prod(shape), device=device)
-        return (self.bits(site, units) >= round(check_rate(p) * (1 << UNIFORM_BITS))).reshape(tuple(shape))
+        return kept(self.bits(site, units), p).reshape(tuple(shape))
 
     def normal(self, site: str, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return standard normal numbers, by the inverse of the error function."""

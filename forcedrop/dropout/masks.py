@@ -67,14 +67,22 @@ def random_bits(key: int, samples: Tensor, units: Tensor) -> Tensor:
     return _shift_right(mix(per_sample[:, None] ^ mix(units)[None, :]), 64 - UNIFORM_BITS)
 
 
+def kept(bits: Tensor, p: float) -> Tensor:
+    """Turn uniform integers into which units are kept, boolean; each is dropped with probability ``p``.
+
+    Raises:
+        ValueError: if ``p`` is not in [0, 1).
+    """
+    return bits >= round(check_rate(p) * (1 << UNIFORM_BITS))
+
+
 def keep_mask(bits: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
     """Turn uniform integers into an inverted-dropout mask of 0 (probability ``p``) or 1/(1−p).
 
     Raises:
         ValueError: if ``p`` is not in [0, 1).
     """
-    threshold = round(check_rate(p) * (1 << UNIFORM_BITS))
-    return (bits >= threshold).to(dtype or torch.get_default_dtype()) / (1.0 - p)
+    return kept(bits, p).to(dtype or torch.get_default_dtype()) / (1.0 - p)
 
 
 def _sample_tensor(samples: int | Sequence[int] | Tensor, device: torch.device | str | None) -> Tensor:

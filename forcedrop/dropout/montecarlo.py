@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from forcedrop.dropout.freeze import UNSEEN, dropout_sites, drops_inside, frozen_as, seeded_rng, torch_rate
 from forcedrop.dropout.function import FunctionSample
-from forcedrop.dropout.masks import keep_mask, random_bits, site_key
+from forcedrop.dropout.masks import kept, random_bits, site_key
 from forcedrop.dropout.site import DropoutSite
 
 _LARGEST_TABLE = 1 << 20
@@ -150,7 +150,7 @@ def _table(seed: int, site: str, p: float, units: int, n: int, device: torch.dev
         return _TABLES[key]
     with torch.inference_mode(False):  # so that it may be used under autograd later
         samples, identities = torch.arange(n, device=device), torch.arange(units, device=device)
-        table = keep_mask(random_bits(site_key(seed, site), samples, identities), p) > 0
+        table = kept(random_bits(site_key(seed, site), samples, identities), p)
     if type(table) is Tensor:  # not while a tracer looks on
         _TABLES[key] = table
         if len(_TABLES) > _MOST_TABLES:

@@ -96,8 +96,8 @@ class StageOneSection(_Section):
 class StageTwoSection(_Section):
     """Optional: training on a Gaussian likelihood of energies and forces over several masks per structure.
 
-    Made for a plain stage one (``stage_one.dropout: false``). After one with masks it made σ worse wherever it was tried: it
-    fits σ to errors on training frames, which are smaller than those on others.
+    Made for a plain stage one (``stage_one.dropout: false``). After one with masks it made σ worse in trials on ethanol (no
+    committed benchmark yet): it fits σ to errors on training frames, which are smaller than those on others.
     """
 
     epochs: int = Field(0, ge=0, description="0 leaves the stage out")

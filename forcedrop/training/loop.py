@@ -222,8 +222,7 @@ class Trainer:
             batch = batch_graphs(self.validation[first : first + size]).to(self.device)
             share = batch.num_graphs / len(self.validation)
             if self.progress.stage == 0:
-                masked = self.masked
-                mean = self._predict(potential, batch, _FEW).mean if masked else derive(potential, batch)
+                mean = self._predict(potential, batch, _FEW).mean if self.masked else derive(potential, batch)
                 loss += share * float(plain_loss(mean, batch, self.config.loss, self.scale))
             else:
                 prediction = self._predict(potential, batch, self.config.dropout.bank)

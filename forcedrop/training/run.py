@@ -175,7 +175,7 @@ def _finish(
                 f"{config.output / MODEL} was written, but could not be calibrated: {error}. Spreads of 0 mean that the "
                 "layers with dropout died in training; a lower `optimiser.learning_rate` prevents that"
             ) from error
-    save_model(model, config.output / MODEL)
+        save_model(model, config.output / MODEL)
     return model
 
 
