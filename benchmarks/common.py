@@ -49,3 +49,9 @@ def write_results(name: str, results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """Return what ``benchmarks/results/NAME.json`` holds, nothing if it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

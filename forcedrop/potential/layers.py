@@ -7,7 +7,7 @@ every sum over components is one large matrix product.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,25 +61,37 @@ class SphereNorm(nn.Module):
         return x / self.rms[self.index][:, None, None]
 
 
-class PairTensors(nn.Module):
-    r"""B_n(r)·Y_lm(r̂) of every pair: the only thing the network knows of the geometry, shared by all samples and layers."""
+class PairGeometry(NamedTuple):
+    """All that the network knows of the geometry, shared by all samples and layers.
+
+    Attributes:
+        sphere: Y_lm of the directions, shape (N, S, M).
+        radial: radial functions of the distances, shape (N, M, n).
+        unit: directions, shape (N, M, 3), components in the order of Y_1m, which is y, z, x; so are all vector features.
+    """
+
+    sphere: Tensor
+    radial: Tensor
+    unit: Tensor
+
+
+class PairFunctions(nn.Module):
+    """Radial functions and spherical harmonics of every pair."""
 
     def __init__(self, radial: nn.Module, l_max: int) -> None:
         super().__init__()
         self.radial = radial
         self.l_max = l_max
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tensors (N, n·S, M), radial function outermost, and the directions (N, M, 3), from vectors [Å].
-
-        The directions have their components in the order of Y_1m, which is y, z, x; so do all vector features.
-        """
+    def forward(self, vec: Tensor) -> PairGeometry:
+        """Return the geometry of pairs with vectors (N, M, 3) [Å]."""
         r = vec.square().sum(-1).sqrt()
         unit = vec / r[..., None]
-        radial = self.radial(r)
-        sphere = spherical_harmonics(unit, self.l_max)
-        pairs = radial[..., :, None] * sphere[..., None, :]
-        return pairs.flatten(2).transpose(1, 2), unit[..., [1, 2, 0]]
+        return PairGeometry(
+            sphere=spherical_harmonics(unit, self.l_max).transpose(1, 2).contiguous(),
+            radial=self.radial(r),
+            unit=unit[..., [1, 2, 0]],
+        )
 
 
 class SphereProducts(nn.Module):
@@ -109,16 +121,12 @@ class SphereProducts(nn.Module):
             setattr(self, name, matrix.to(getattr(self, name)))
         return self
 
-    def forward(self, fields: Tensor) -> tuple[Tensor, Tensor]:
-        """Return products of two and of three fields, each (S_out, N, C), from three fields (S, N, 3C)."""
-        s, n, c3 = fields.shape
-        grid = (self.to_grid @ fields.reshape(s, n * c3)).reshape(-1, n, c3)
-        one, two, three = grid.chunk(3, dim=-1)
+    def forward(self, one: Tensor, two: Tensor, three: Tensor) -> tuple[Tensor, Tensor]:
+        """Return products of the first two and of all three fields, each (S_out, N, C), from fields (S, N, C)."""
+        shape = (-1, *one.shape[1:])
+        one, two, three = (self.to_grid @ field.reshape(field.shape[0], -1) for field in (one, two, three))
         pair = one * two
-        both = torch.cat([pair, pair * three], dim=-1)
-        out = (self.from_grid @ both.flatten(1)).reshape(self.from_grid.shape[0], n, -1)
-        second, third = out.chunk(2, dim=-1)
-        return second, third
+        return (self.from_grid @ pair).reshape(shape), (self.from_grid @ (pair * three)).reshape(shape)
 
 
 class SpeciesWeights(nn.Module):
@@ -146,58 +154,58 @@ class Update(nn.Module):
 
     def forward(self, fields: Tensor, one_hot: Tensor) -> Tensor:
         """Return the branch, shape (1 or 4, N, C): scalars, and with ``vectors`` also vectors, from fields (S, N, 3C)."""
-        second, third = self.products(fields)
-        first = fields[: (self.l_out + 1) ** 2].chunk(3, dim=-1)[0]
+        one, two, three = fields.unflatten(2, (3, -1)).unbind(2)
+        second, third = self.products(one, two, three)
+        first = one[: (self.l_out + 1) ** 2]
         terms = [norm(x) for norm, x in zip(self.norms, (first, second, third), strict=True)]
-        joined = self.species(torch.cat(terms, dim=-1), one_hot)
-        return self.mix([joined[l * l : (l + 1) ** 2] for l in range(self.l_out + 1)])  # noqa: E741
+        return self.mix(by_degree(self.species(torch.cat(terms, dim=-1), one_hot)))
 
 
 class Message(nn.Module):
-    r"""Scalars and vectors of the neighbours, carried to the centre by B_n(r) Y_lm(r̂).
+    r"""Scalars and vectors of the neighbours, carried to the centre by R(r) Y_lm(r̂).
 
-    :math:`A_{lm} = \sum_j \sum_n B_n(r_{ij}) Y_{lm}(\hat r_{ij}) (W_{nl} s_j + W'_{nl}\, v_j·\hat r_{ij})`, and for l = 1 also
-    :math:`\sum_j \sum_n B_n W''_n v_j`. Because B_n enters linearly, the weights act once per atom, not once per pair.
+    :math:`A_{lm} = \sum_j Y_{lm}(\hat r_{ij}) (R_l(r_{ij})\, s_j + R'_l(r_{ij})\, v_j·\hat r_{ij})`, and for l = 1 also
+    :math:`\sum_j R''(r_{ij})\, v_j`; every channel has radial functions of its own, R = Σ_n W_n B_n.
     """
-
-    index: Tensor
 
     def __init__(self, n_channels: int, n_radial: int, l_max: int) -> None:
         super().__init__()
-        self.n_radial, self.l_max = n_radial, l_max
+        self.n_channels, self.l_max = n_channels, l_max
         self.scalars = Linear(n_channels, n_channels)
         self.vectors = Linear(n_channels, n_channels)
-        self.radial = nn.Parameter(torch.randn(n_radial, l_max + 1, 2 * n_channels) / math.sqrt(2 * n_radial))
+        self.radial = nn.Parameter(torch.randn(n_radial, 2 * (l_max + 1) * n_channels) / math.sqrt(2 * n_radial))
         self.radial_plain = nn.Parameter(torch.randn(n_radial, n_channels) / math.sqrt(n_radial))
-        self.register_buffer("index", degree_index(l_max), persistent=False)
         self.norm = SphereNorm(l_max)
 
     def forward(
         self,
         h: Tensor,
         v: Tensor,
-        pairs: Tensor,
-        unit: Tensor,
+        pairs: PairGeometry,
         nbr: Tensor,
         reverse: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """Return A, shape (S, N, C), from scalars (N, C), vectors (3, N, C) and the pairs (N, n·S, M).
+        """Return A, shape (S, N, C), from scalars (N, C), vectors (3, N, C) and the geometry of the pairs.
 
         ``mask`` (…, 2C), if given, multiplies what is sent: a channel of scalars or of whole vectors each.
         """
-        c = h.shape[1]
+        c = self.n_channels
         s, v = self.scalars(h), self.vectors(v)
         if mask is not None:
             s, v = s * mask[..., :c], v * mask[..., c:]
         sent = gather_neighbours(torch.cat([s[None], v]).permute(1, 0, 2).flatten(1), nbr, reverse)
-        sent = sent.unflatten(2, (4, c))
-        along = (sent[:, :, 1:] * unit[..., None]).sum(2)
-        carried = pairs @ torch.cat([sent[:, :, 0], along], dim=-1)
-        carried = carried.unflatten(1, (self.n_radial, -1))
-        a = (carried * self.radial[:, self.index]).sum(1)
-        a = (a[..., :c] + a[..., c:]).transpose(0, 1)
-        plain = pairs.unflatten(1, (self.n_radial, -1))[:, :, 0] @ sent[:, :, 1:].flatten(2)
-        plain = (plain.unflatten(2, (3, c)) * self.radial_plain[:, None]).sum(1).transpose(0, 1)
-        a = torch.cat([a[:1], a[1:4] + plain, a[4:]])
-        return self.norm(a)
+        sent_s, sent_v = sent.split([c, 3 * c], dim=2)
+        along = (sent_v.unflatten(2, (3, c)) * pairs.unit[..., None]).sum(2)
+        radial_s, radial_v = (pairs.radial @ self.radial).unflatten(2, (2, self.l_max + 1, c)).unbind(2)
+        carried = (sent_s[:, :, None] * radial_s + along[:, :, None] * radial_v).unbind(2)
+        degrees = pairs.sphere.split([2 * l + 1 for l in range(self.l_max + 1)], dim=1)  # noqa: E741
+        a = [y @ x for y, x in zip(degrees, carried, strict=True)]
+        plain = (pairs.radial.transpose(1, 2) @ sent_v).unflatten(2, (3, c))
+        a[1] = a[1] + (plain * self.radial_plain[:, None]).sum(1)
+        return self.norm(torch.cat(a, dim=1).transpose(0, 1))
+
+
+def by_degree(x: Tensor) -> list[Tensor]:
+    """Split the components (S, …) into one tensor (2l+1, …) for each l."""
+    return list(x.split([2 * l + 1 for l in range(math.isqrt(x.shape[0]))]))  # noqa: E741

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from forcedrop.potential.layers import Linear, Message, PairTensors, SphereNorm, TensorLinear, Update
+from forcedrop.potential.layers import (
+    Linear,
+    Message,
+    PairFunctions,
+    PairGeometry,
+    SphereNorm,
+    TensorLinear,
+    Update,
+    by_degree,
+)
 from forcedrop.potential.radial import BesselBasis
 from forcedrop.potential.zbl import ZBLRepulsion
 
@@ -136,11 +145,11 @@ class Potential(nn.Module):
         self.config = config
         c = config.n_channels
         n_species = len(config.elements)
-        self.pairs = PairTensors(BesselBasis(config.n_radial, config.cutoff), config.l_max)
+        self.pairs = PairFunctions(BesselBasis(config.n_radial, config.cutoff), config.l_max)
         last = config.n_layers - 1
         self.layers = nn.ModuleList(Layer(config, t == 0, t == last) for t in range(config.n_layers))
         # readouts start small: a random energy landscape is a worse start than a nearly flat one
-        self.readouts = nn.ModuleList(Linear(c, 1, gain=0.1) for _ in range(last))
+        self.readouts = nn.ModuleList(Linear(c, 1, gain=0.1) for _ in range(config.n_layers))
         self.hidden = Linear(c, config.n_hidden)
         self.hidden_bias = nn.Parameter(torch.zeros(config.n_hidden))
         self.output = Linear(config.n_hidden, 1, gain=0.1)
@@ -206,23 +215,22 @@ class Potential(nn.Module):
         """
         masks = masks or {}
         one_hot = nn.functional.one_hot(graph.species, len(self.config.elements)).to(vec.dtype)
-        pairs, unit = self.pairs(vec)
+        pairs = self.pairs(vec)
         h = v = vec.new_zeros(())
         energy = vec.new_zeros(())
         layers: Any = self.layers
         for t, layer in enumerate(layers):
             edges = masks.get(f"layers.{t}.edges")
-            carried = pairs if edges is None else pairs * edges[:, None, :]
+            carried = pairs if edges is None else pairs._replace(radial=pairs.radial * edges[..., None])
             if t == 0:
                 fields = self._element_fields(layer, carried, one_hot, graph)
                 branch = layer.update(fields, one_hot)
                 h, v = branch[0], branch[1:]
             else:
-                fields = self._message_fields(layer, h, v, carried, unit, graph, masks.get(f"layers.{t}.message"))
+                fields = self._message_fields(layer, h, v, carried, graph, masks.get(f"layers.{t}.message"))
                 branch = layer.update(fields, one_hot)
                 h, v = self._add(layer.skip, h, v, branch, masks.get(f"layers.{t}.update"))
-            if t < len(self.readouts):
-                energy = energy + self.readouts[t](h)
+            energy = energy + self.readouts[t](h)
         hidden = nn.functional.silu(self.hidden(h) + self.hidden_bias)
         if (mask := masks.get("readout.hidden")) is not None:
             hidden = hidden * mask
@@ -231,26 +239,21 @@ class Potential(nn.Module):
             energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
         return energy
 
-    def _element_fields(self, layer: Any, pairs: Tensor, one_hot: Tensor, graph: GraphInputs) -> Tensor:
-        n, s = one_hot.shape[0], (self.config.l_max + 1) ** 2
-        a = (pairs @ one_hot[graph.nbr]).reshape(n, self.config.n_radial, s, -1)
-        a = layer.norm(a.permute(2, 0, 1, 3).reshape(s, n, -1))
-        return layer.fields([a[l * l : (l + 1) ** 2] for l in range(self.config.l_max + 1)])  # noqa: E741
+    @staticmethod
+    def _element_fields(layer: Any, pairs: PairGeometry, one_hot: Tensor, graph: GraphInputs) -> Tensor:
+        """Return the fields (S, N, 3C) from the neighbours of each element, known by their radial functions alone."""
+        by_element = (pairs.radial[..., :, None] * one_hot[graph.nbr][..., None, :]).flatten(2)
+        a = layer.norm((pairs.sphere @ by_element).transpose(0, 1))
+        return layer.fields(by_degree(a))
 
+    @staticmethod
     def _message_fields(
-        self,
-        layer: Any,
-        h: Tensor,
-        v: Tensor,
-        pairs: Tensor,
-        unit: Tensor,
-        graph: GraphInputs,
-        mask: Tensor | None,
+        layer: Any, h: Tensor, v: Tensor, pairs: PairGeometry, graph: GraphInputs, mask: Tensor | None
     ) -> Tensor:
-        a = layer.message(h, v, pairs, unit, graph.nbr, graph.reverse, mask)
-        parts = [torch.cat([a[:1], h[None]], -1), torch.cat([a[1:4], v], -1)]
-        parts += [a[l * l : (l + 1) ** 2] for l in range(2, self.config.l_max + 1)]  # noqa: E741
-        return layer.fields(parts)
+        """Return the fields (S, N, 3C) from what the neighbours send, joined by the atom's own scalars and vectors."""
+        parts = by_degree(layer.message(h, v, pairs, graph.nbr, graph.reverse, mask))
+        own = (h[None], v)
+        return layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[2:])
 
     @staticmethod
     def _add(skip: nn.Module, h: Tensor, v: Tensor, branch: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,12 @@ class DataSection(_Section):
     train: list[Path] = Field(description="files to train on (any format that `forcedrop info` reads)", min_length=1)
     validation: list[Path] | None = Field(None, description="own validation files; otherwise a share of `train`")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share held out to stop and choose on")
-    calibration_fraction: float = Field(0.1, gt=0, lt=1, description="share held out to calibrate on")
+    calibration_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share held out to calibrate on; 0 leaves σ uncalibrated. A plain network needs none",
+    )
     isolated_atoms: Path | dict[str, float] | None = Field(
         None,
         description="file of single atoms, or energies [eV] by symbol; otherwise found in `train`, or fitted",
@@ -60,11 +65,14 @@ class DropoutSection(_Section):
     readout: float = Field(0.3, ge=0, lt=1, description="hidden channels of the last readout")
     bank: int = Field(16, ge=2, description="number of masks: training draws from them, and inference uses the same")
     bank_seed: int = Field(0, description="seed of the masks; the calculator's default")
+    plain_share: float = Field(
+        0.25, ge=0, lt=1, description="share of structures trained without mask: keeps the plain pass near the mean"
+    )
 
     @property
     def rates(self) -> dict[str, float]:
         """The rates by kind of site."""
-        return self.model_dump(exclude={"bank", "bank_seed"})
+        return self.model_dump(exclude={"bank", "bank_seed", "plain_share"})
 
 
 class LossSection(_Section):
@@ -76,9 +84,11 @@ class LossSection(_Section):
 
 
 class OptimiserSection(_Section):
-    """Adam with AMSGrad under a cosine schedule."""
+    """Muon for the maps between channels and Adam with AMSGrad for all else, or Adam alone, under a cosine schedule."""
 
-    learning_rate: float = Field(1e-2, gt=0)
+    muon: bool = Field(True, description="orthogonalised momentum for matrices; otherwise all weights are Adam's")
+    learning_rate: float = Field(0.02, gt=0, description="Muon's")
+    adam_learning_rate: float = Field(1e-2, gt=0, description="Adam's")
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
     warmup_steps: int = Field(100, ge=0)
     clip_gradient: float = Field(10.0, gt=0, description="largest norm of the gradient")
@@ -101,7 +111,7 @@ class StageTwoSection(_Section):
     """
 
     epochs: int = Field(0, ge=0, description="0 leaves the stage out")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate_factor: float = Field(0.1, gt=0, description="of the learning rates of `optimiser`")
     samples: int = Field(4, ge=2, description="masks per structure and step")
     mean_weight: float = Field(1.0, ge=0, description="weight of the mean's own squared error beside the likelihood")
     patience: int | None = Field(None, ge=1)

@@ -50,14 +50,14 @@ def prepare_data(config: TrainConfig) -> Prepared:
     isolated, origin = isolated_energies(frames, given=config.data.isolated_atoms)
     frames = [f for f in frames if not (len(f) == 1 and not f.pbc.any())] or singles
     generator = torch.Generator().manual_seed(config.seed)
+    calibrate = config.data.calibration_fraction if config.trains_masks else 0.0
     if config.data.validation:
         validation, more = read_labelled(config.data.validation, config.data, elements)
         problems = problems + more
-        train, calibration = _hold_out(frames, config.data.calibration_fraction, generator)
+        train, calibration = _hold_out(frames, calibrate, generator)
     else:
-        share = config.data.calibration_fraction / (1 - config.data.validation_fraction)
         rest, validation = _hold_out(frames, config.data.validation_fraction, generator)
-        train, calibration = _hold_out(rest, share, generator)
+        train, calibration = _hold_out(rest, calibrate / (1 - config.data.validation_fraction), generator)
     split = Split(train, validation, calibration)
     return Prepared(split, elements, isolated, origin, energy_scale(train), problems)
 
@@ -78,7 +78,7 @@ def read_labelled(
 
 
 def _hold_out(frames: list[Frame], fraction: float, generator: torch.Generator) -> tuple[list[Frame], list[Frame]]:
-    count = max(1, round(fraction * len(frames)))
+    count = max(1, round(fraction * len(frames))) if fraction else 0
     if len(frames) - count < 1:
         raise ValueError(f"{len(frames)} frames are too few to hold out a share of {fraction}")
     order = torch.randperm(len(frames), generator=generator).tolist()

@@ -20,8 +20,9 @@ from forcedrop.derive import Derived, derive, derive_samples
 from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader
 from forcedrop.potential import Potential
 from forcedrop.sampling import Prediction, draw_masks, predict, reduce_samples
-from forcedrop.training.config import TrainConfig
+from forcedrop.training.config import OptimiserSection, TrainConfig
 from forcedrop.training.losses import likelihood_loss, plain_loss, squared_errors
+from forcedrop.training.muon import Muon, is_matrix
 
 _FEW = 4
 """Masks of the bank whose mean is validated in stage one."""
@@ -132,18 +133,15 @@ class Trainer:
         settings = self.config.optimiser
         if self.best:
             self.potential.load_state_dict(self.best)
-        self.optimiser = torch.optim.AdamW(
-            self.potential.parameters(), lr=0.0, amsgrad=True, weight_decay=settings.weight_decay
-        )
+        self.optimisers = make_optimisers(self.potential, settings)
         self.ema = AveragedModel(self.potential, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
 
-    def learning_rate(self) -> float:
-        """Return the rate of the next step: linear warm-up, then half a cosine to 0 at the stage's last step."""
-        stage, settings = self.progress.stage, self.config.optimiser
-        base = self.config.stage_two.learning_rate if stage else settings.learning_rate
+    def schedule(self) -> float:
+        """Return the next step's share of the learning rates: linear warm-up, then half a cosine to 0 at the stage's end."""
+        base = self.config.stage_two.learning_rate_factor if self.progress.stage else 1.0
         total = self.stage_settings.epochs * self.steps_per_epoch
         now = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        warm = min(1.0, (now + 1) / (settings.warmup_steps + 1))
+        warm = min(1.0, (now + 1) / (self.config.optimiser.warmup_steps + 1))
         return base * warm * 0.5 * (1 + math.cos(math.pi * now / total))
 
     def batches(self) -> Iterator[Batch]:
@@ -162,15 +160,17 @@ class Trainer:
         Raises:
             TrainingDiverged: if the loss or the gradient is not finite; the weights are those before the step.
         """
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimiser.zero_grad(set_to_none=True)
+        share = self.schedule()
+        for group in (g for optimiser in self.optimisers for g in optimiser.param_groups):
+            group["lr"] = share * group["initial_lr"]
+        self.potential.zero_grad(set_to_none=True)
         loss, mean = self._loss(batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), self.config.optimiser.clip_gradient)
         if not torch.isfinite(loss.detach() + norm):
             raise TrainingDiverged(f"the loss is {float(loss.detach())}, its gradient's norm {float(norm)}")
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.ema.update_parameters(self.potential)
         self.progress.step += 1
         with torch.no_grad():
@@ -192,7 +192,10 @@ class Trainer:
         return loss, reduce_samples(Derived(*(x.detach() for x in samples))).mean
 
     def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
-        """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms."""
+        """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms.
+
+        In stage one a share of the structures has none (a mask of ones).
+        """
         dropout, progress = self.config.dropout, self.progress
         where = ((self.config.seed * 2 + progress.stage) * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
         generator = torch.Generator().manual_seed(where)
@@ -203,7 +206,12 @@ class Trainer:
         ).to(self.device)[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
         edges = {site.name for site in self.potential.sites if not site.n_channels}
-        return {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}
+        masks = {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}
+        if progress.stage == 0:
+            plain = torch.rand(batch.num_graphs, generator=generator) < dropout.plain_share
+            without = plain.to(self.device)[batch.batch][:, None]
+            masks = {name: torch.where(without, torch.ones_like(mask), mask) for name, mask in masks.items()}
+        return masks
 
     def training_errors(self) -> Errors:
         """Return the errors of the epoch's steps so far, as they were made (weights in motion), and forget them."""
@@ -274,7 +282,7 @@ class Trainer:
             "progress": self.progress.to_dict(),
             "weights": self.potential.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "best": self.best,
             "running": self._running,
         }
@@ -286,9 +294,26 @@ class Trainer:
         self._start_stage()
         self.potential.load_state_dict(state["weights"])
         self.ema.load_state_dict(state["ema"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(values)
         self.best = {name: value.to(self.device) for name, value in state["best"].items()}
         self._running = list(state["running"])
+
+
+def make_optimisers(potential: Potential, settings: OptimiserSection) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of all weights: Adam, and Muon for the maps between channels if ``settings`` say so."""
+    matrices, rest = [], []
+    for name, parameter in potential.named_parameters():
+        (matrices if settings.muon and is_matrix(name, parameter) else rest).append(parameter)
+    decay, fused = settings.weight_decay, potential.hidden_bias.dtype == torch.float32
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=settings.adam_learning_rate, amsgrad=True, weight_decay=decay, fused=fused)
+    ]
+    if matrices:
+        made.append(Muon(matrices, lr=settings.learning_rate, weight_decay=decay))
+    for group in (g for optimiser in made for g in optimiser.param_groups):
+        group["initial_lr"] = group["lr"]
+    return made
 
 
 def _squares(mean: Derived, batch: Batch) -> Tensor:

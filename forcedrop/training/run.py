@@ -31,7 +31,7 @@ from forcedrop.training.loop import Errors, Trainer, TrainingDiverged, TrainingI
 
 CHECKPOINT, MODEL, LOG = "last.pt", "model.pt", "log.csv"
 _COLUMNS = (
-    "stage", "epoch", "seconds", "learning_rate", "train_energy_meV", "train_forces_meV_A", "val_energy_meV",
+    "stage", "epoch", "seconds", "schedule", "train_energy_meV", "train_forces_meV_A", "val_energy_meV",
     "val_energy_meV_atom", "val_forces_meV_A", "val_stress_meV_A3", "val_loss", "val_z2",
 )  # fmt: skip
 
@@ -129,7 +129,7 @@ def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: b
                 if stop:
                     save()
                     raise TrainingInterrupted(f"stopped by {stop[0]}; go on with --resume ({out / CHECKPOINT})")
-            rate, seconds = trainer.learning_rate(), before + time.monotonic() - start
+            rate, seconds = trainer.schedule(), before + time.monotonic() - start
             fitted, errors = trainer.training_errors(), trainer.validate()
             epoch = trainer.progress.epoch
             row = _row(stage, epoch, seconds, rate, fitted, errors)
@@ -166,7 +166,7 @@ def _finish(
         },
     )
     save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
-    if config.trains_masks:
+    if data.split.calibration:
         held = build_graphs(data.split.calibration, config.model.cutoff, dtype, "calibration lists")
         try:
             model.calibration = calibrate(model, held, config.dropout.bank)
