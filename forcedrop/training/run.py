@@ -59,18 +59,23 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
     _describe(data)
     if state is not None and state["data_hash"] != content_hash(data.split.train):
         raise ConfigError(f"the training data changed since {out / CHECKPOINT} was written")
-    dtype = {"float32": torch.float32, "float64": torch.float64}[config.precision]
-    device = torch.device(_pick_device(config.device))
-    graphs = build_graphs(data.split.train, config.model.cutoff, dtype, "neighbour lists")
-    validation = build_graphs(data.split.validation, config.model.cutoff, dtype, "validation lists")
-    potential = build_potential(config, data, graphs, device, dtype)
-    trainer = Trainer(potential, graphs, validation, config, data.energy_scale)
+    trainer = build_trainer(config, data)
     out.mkdir(parents=True, exist_ok=True)
     if state is not None:
         trainer.load_state_dict(state["trainer"])
     _write_split(out, data)
     _run_stages(trainer, config, content_hash(data.split.train), resume)
-    return _finish(trainer, config, data, graphs, dtype)
+    return _finish(trainer, config, data)
+
+
+def build_trainer(config: TrainConfig, data: Prepared) -> Trainer:
+    """Return a training of a new network on prepared data, at its first step."""
+    dtype = {"float32": torch.float32, "float64": torch.float64}[config.precision]
+    device = torch.device(_pick_device(config.device))
+    graphs = build_graphs(data.split.train, config.model.cutoff, dtype, "neighbour lists")
+    validation = build_graphs(data.split.validation, config.model.cutoff, dtype, "validation lists")
+    potential = build_potential(config, data, graphs, device, dtype)
+    return Trainer(potential, graphs, validation, config, data.energy_scale)
 
 
 def build_potential(
@@ -141,9 +146,7 @@ def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: b
                 bar.n = trainer.steps_done  # a stage that stopped early leaves steps out
 
 
-def _finish(
-    trainer: Trainer, config: TrainConfig, data: Prepared, graphs: list[AtomicGraph], dtype: torch.dtype
-) -> TrainedModel:
+def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedModel:
     """Calibrate the best weights and write the model."""
     potential = trainer.potential.eval()
     model = TrainedModel(
@@ -158,7 +161,7 @@ def _finish(
             "settings": _settings(config),
             "training_set": {
                 "hash": content_hash(data.split.train),
-                **ranges(data.split.train, graphs, data.elements),
+                **ranges(data.split.train, trainer.graphs, data.elements),
             },
             "isolated_energies": {"origin": data.isolated_origin},
             "training_seconds": trainer.progress.seconds,
@@ -167,7 +170,7 @@ def _finish(
     )
     save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
     if data.split.calibration:
-        held = build_graphs(data.split.calibration, config.model.cutoff, dtype, "calibration lists")
+        held = build_graphs(data.split.calibration, config.model.cutoff, model.dtype, "calibration lists")
         try:
             model.calibration = calibrate(model, held, config.dropout.bank)
         except ValueError as error:

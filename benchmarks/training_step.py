@@ -1,0 +1,216 @@
+"""One training step and one force call of forcedrop and of MACE, side by side.
+
+    python benchmarks/training_step.py --mace-python PATH/python    # of an environment of its own with mace-torch
+
+A step: five 3BPA molecules (27 atoms each), loss of energies and forces, gradient, optimiser, average of the weights. A call:
+energy and forces of one molecule through the ASE calculator, moved a little each time. MACE: 64 channels, L=0, two layers, r_max
+5 Å, float32. The programs take turns, round after round, each in a process of its own that does nothing while it waits; medians
+over all rounds. Writes ``benchmarks/results/training_step.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ISOLATED = {1: -13.587222780835477, 6: -1029.4889999855063, 7: -1484.9814568572233, 8: -2041.9816003861047}
+"""eV, from ``iso_atoms.xyz`` of the data set."""
+
+
+def main() -> None:
+    """Start both workers, let them take turns, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "3bpa" / "train_300K.xyz")
+    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--compile", action="store_true", help="also forcedrop's compiled step (compiling takes minutes)"
+    )
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(WORKERS[arguments.worker](arguments.data), arguments.threads)
+        return
+    kinds = {"forcedrop": sys.executable, "forcedrop dropout": sys.executable}
+    kinds |= {"forcedrop compiled": sys.executable} if arguments.compile else {}
+    kinds |= {"mace": str(arguments.mace_python)} if arguments.mace_python else {}
+    workers = {kind: Worker(kind, python, arguments.data, arguments.threads) for kind, python in kinds.items()}
+    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in workers}
+    for _ in range(arguments.rounds):
+        for kind, worker in workers.items():
+            for what, values in worker.turn().items():
+                times[kind].setdefault(what, []).extend(values)
+    medians = {
+        kind: {what: round(1e3 * statistics.median(v), 2) for what, v in rows.items()} for kind, rows in times.items()
+    }
+    ratios = {
+        kind: {what: round(v / medians["mace"][what], 3) for what, v in rows.items() if what in medians["mace"]}
+        for kind, rows in medians.items()
+        if "mace" in medians and kind != "mace"
+    }
+    for kind, row in medians.items():
+        print(f"{kind:20}", "  ".join(f"{what}: {ms:.1f} ms" for what, ms in row.items()), ratios.get(kind, ""))
+    from common import environment, write_results
+
+    about = environment(0) | {"threads": arguments.threads, "rounds": arguments.rounds}
+    write_results("training_step", {"environment": about, "median_ms": medians, "over_mace": ratios})
+
+
+class Worker:
+    """A process that measures when it is asked to."""
+
+    def __init__(self, kind: str, python: str, data: Path, threads: int) -> None:
+        command = [python, __file__, "--worker", kind, "--data", str(data), "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()  # warm
+
+    def turn(self) -> dict[str, list[float]]:
+        """Return the times [s] of one round, by what was measured."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, list[float]]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found: dict[str, list[float]] = json.loads(line)
+                return found
+        raise RuntimeError("a worker ended without an answer; its error is above")
+
+
+def serve(measured: dict[str, Callable[[], Any]], threads: int) -> None:
+    """Warm up, say so, then measure a round for each line that comes in."""
+    import torch
+
+    torch.set_num_threads(threads)
+    for function in measured.values():
+        for _ in range(5):
+            function()
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        print(
+            json.dumps({what: [_timed(function) for _ in range(5)] for what, function in measured.items()}), flush=True
+        )
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _mace(data: Path) -> dict[str, Callable[[], Any]]:
+    import numpy as np
+    import torch
+    from ase.io import read
+    from e3nn import o3
+    from mace import data as mace_data
+    from mace import modules, tools
+    from mace.calculators import MACECalculator
+    from mace.tools import torch_geometric
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    images = read(data, ":40")
+    table = tools.AtomicNumberTable(sorted(ISOLATED))
+    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
+    model = modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3, interaction_cls=block, interaction_cls_first=block,
+        num_interactions=2, num_elements=len(table), hidden_irreps=o3.Irreps("64x0e"), MLP_irreps=o3.Irreps("16x0e"),
+        atomic_energies=np.array([ISOLATED[z] for z in table.zs]), avg_num_neighbors=15.0, atomic_numbers=table.zs,
+        correlation=3, gate=torch.nn.functional.silu, atomic_inter_scale=1.0, atomic_inter_shift=0.0,
+    )  # fmt: skip
+    keys = mace_data.KeySpecification(info_keys={"energy": "energy"}, arrays_keys={"forces": "forces"})
+    configurations = []
+    for image in images:
+        image.pbc, image.cell = False, None
+        image.info["energy"], image.arrays["forces"] = image.get_potential_energy(), image.get_forces()
+        configurations.append(mace_data.config_from_atoms(image, key_specification=keys))
+    graphs = [mace_data.AtomicData.from_config(c, z_table=table, cutoff=5.0) for c in configurations]
+    loader = torch_geometric.dataloader.DataLoader(graphs, batch_size=5, shuffle=False)
+    batches = [batch.to_dict() for batch in loader]
+    raw = list(loader)
+    loss_function = modules.WeightedEnergyForcesLoss(energy_weight=1.0, forces_weight=100.0)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-4, amsgrad=True)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    count = [0]
+
+    def step() -> None:
+        index = count[0] % len(batches)
+        count[0] += 1
+        optimiser.zero_grad(set_to_none=True)
+        loss = loss_function(pred=model(batches[index], training=True), ref=raw[index])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimiser.step()
+        average.update_parameters(model)
+
+    calculator = MACECalculator(models=[model.eval()], device="cpu", default_dtype="float32")
+    return {"training step": step, "force call": _force_call(images[0], calculator)}
+
+
+def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dict[str, Callable[[], Any]]:
+    from itertools import cycle
+
+    from ase.data import chemical_symbols
+    from ase.io import read
+
+    from forcedrop.calculator import DropoutCalculator
+    from forcedrop.training import TrainedModel, load_config, parse_config
+    from forcedrop.training.data import build_graphs, prepare_data
+    from forcedrop.training.run import build_trainer
+
+    recipe = load_config(ROOT / "examples" / "configs" / "3bpa.yaml").model_dump(mode="json", exclude_unset=True)
+    recipe["data"] = {"train": [str(data)], "isolated_atoms": {chemical_symbols[z]: e for z, e in ISOLATED.items()}}
+    if not dropout:
+        recipe["dropout"] = dict.fromkeys(("edge", "message", "update", "readout"), 0.0)
+    config = parse_config({**recipe, "device": "cpu"} | ({"compile": True} if compiled else {}))
+    trainer = build_trainer(config, prepare_data(config))
+    batches = cycle(list(trainer.batches()))
+
+    def step() -> None:
+        trainer.progress.step = 0
+        trainer.run_step(next(batches))
+
+    measured: dict[str, Callable[[], Any]] = {"training step": step}
+    if dropout:
+        model = TrainedModel(trainer.potential, bank=config.dropout.bank, bank_seed=config.dropout.bank_seed)
+        single, sampled = DropoutCalculator(model, uncertainty_every=10**9), DropoutCalculator(model)
+        measured["force call"] = _force_call(read(data, 0), single)
+        measured["force call with 16 samples"] = _force_call(read(data, 0), sampled)
+    return measured
+
+
+def _force_call(atoms: Any, calculator: Any) -> Callable[[], Any]:
+    import numpy as np
+
+    atoms.pbc, atoms.cell, atoms.calc = False, None, calculator
+    rng = np.random.default_rng(0)
+
+    def call() -> None:
+        atoms.positions += rng.normal(scale=1e-4, size=atoms.positions.shape)
+        atoms.get_forces()
+
+    return call
+
+
+WORKERS: dict[str, Callable[[Path], dict[str, Callable[[], Any]]]] = {
+    "forcedrop": _forcedrop,
+    "forcedrop dropout": lambda data: _forcedrop(data, dropout=True),
+    "forcedrop compiled": lambda data: _forcedrop(data, compiled=True),
+    "mace": _mace,
+}
+
+if __name__ == "__main__":
+    main()
