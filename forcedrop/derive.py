@@ -46,13 +46,26 @@ def derive(potential: Potential, batch: Batch, masks: Masks | None = None, *, cr
         create_graph: whether the result is to be differentiated again, by the parameters (training).
     """
     graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    vec.requires_grad_(True)
+    return derive_pairs(potential, graph, vec, batch.volume, masks, create_graph=create_graph)
+
+
+def derive_pairs(
+    potential: Potential,
+    graph: GraphInputs,
+    vec: Tensor,
+    volume: Tensor,
+    masks: Masks | None = None,
+    *,
+    create_graph: bool = False,
+) -> Derived:
+    """Return the same from plain tensors: pair vectors [Å], shape (N, M, 3), and volumes [Å³], shape (B,)."""
+    vec = vec.detach().requires_grad_(True)
     with torch.enable_grad():
         local = potential(vec, graph, masks)
         (gradient,) = torch.autograd.grad(local.sum(), vec, create_graph=create_graph)
     if not create_graph:
-        local, vec = local.detach(), vec.detach()
-    return _assemble(potential, batch, graph, vec, local, gradient)
+        local = local.detach()
+    return _assemble(potential, graph, vec.detach(), volume, local, gradient)
 
 
 def derive_samples(potential: Potential, batch: Batch, masks: Masks) -> Derived:
@@ -64,6 +77,13 @@ def derive_samples(potential: Potential, batch: Batch, masks: Masks) -> Derived:
         masks: one per site, sample axis first: (K, C), (K, N, C) or for edges (K, N, M).
     """
     graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
+    return derive_pairs_samples(potential, graph, vec, batch.volume, masks)
+
+
+def derive_pairs_samples(
+    potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, masks: Masks
+) -> Derived:
+    """Return the K functions' results from plain tensors; shapes as in :func:`derive_pairs`, masks with a sample axis."""
 
     def total(vec: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         local = potential(vec, graph, masks)
@@ -71,20 +91,21 @@ def derive_samples(potential: Potential, batch: Batch, masks: Masks) -> Derived:
 
     per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0))
     gradient, local = per_sample(vec, dict(masks))
-    assemble = torch.func.vmap(lambda e, g: _assemble(potential, batch, graph, vec, e, g))
+    assemble = torch.func.vmap(lambda e, g: _assemble(potential, graph, vec, volume, e, g))
     return Derived(*assemble(local, gradient))
 
 
 def _assemble(
-    potential: Potential, batch: Batch, graph: GraphInputs, vec: Tensor, local: Tensor, gradient: Tensor
+    potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, local: Tensor, gradient: Tensor
 ) -> Derived:
     energies = local.to(torch.float64) + potential.isolated_energy(graph.species)
     energy = _sum_by_graph(energies, graph)
     forces = gradient.sum(1) - sum_incoming(gradient, graph.nbr, graph.reverse)
     virial = _sum_by_graph((vec[..., :, None] * gradient[..., None, :]).sum(1).flatten(1), graph)
     virial = virial.unflatten(1, (3, 3))
-    virial = 0.5 * (virial + virial.transpose(1, 2))[:, VOIGT[0], VOIGT[1]]
-    volume = batch.volume[:, None]
+    virial = 0.5 * (virial + virial.transpose(1, 2))
+    virial = torch.stack([virial[:, i, j] for i, j in zip(*VOIGT, strict=True)], dim=1)
+    volume = volume[:, None]
     stress = torch.where(volume > 0, virial / torch.where(volume > 0, volume, torch.ones_like(volume)), 0.0)
     return Derived(energy, energies, forces, stress)
 

@@ -159,5 +159,5 @@ def pair_vectors(batch: Batch, pad: float) -> Tensor:
     """
     offset = torch.einsum("nmk,nkl->nml", batch.nbr_shift.to(batch.pos.dtype), batch.cell[batch.batch])
     vec = batch.pos[batch.nbr] - batch.pos[:, None] + offset
-    empty = torch.tensor([pad, 0.0, 0.0], dtype=vec.dtype, device=vec.device)
+    empty = torch.cat([vec.new_full((1,), pad), vec.new_zeros(2)])  # made on the device: no waiting for a copy
     return torch.where(batch.nbr_used[..., None], vec, empty)

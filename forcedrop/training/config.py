@@ -128,12 +128,13 @@ class TrainConfig(_Section):
     optimiser: OptimiserSection = OptimiserSection()
     stage_one: StageOneSection = StageOneSection()
     stage_two: StageTwoSection = StageTwoSection()
-    batch_size: int = Field(5, ge=1, description="structures a step")
+    batch_size: int = Field(5, ge=1, description="structures a step, of all processes together")
     eval_batch_size: int = Field(16, ge=1)
     seed: int = 0
     workers: int = Field(0, ge=0, description="processes that prepare batches; 0 does it in the training process")
     device: str = Field("auto", description="cpu, cuda, cuda:1 … or auto")
     precision: Literal["float32", "float64"] = "float32"
+    tf32: bool = Field(False, description="TF32 matrix products on a GPU; energies are summed in float64 either way")
     checkpoint_seconds: float = Field(60.0, ge=0, description="a resumable checkpoint at most this often")
 
     @property

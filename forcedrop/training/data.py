@@ -110,10 +110,13 @@ def residual_bias(
     return np.linalg.lstsq(np.asarray(rows, float), np.asarray(left), rcond=None)[0]
 
 
-def build_graphs(frames: Sequence[Frame], cutoff: float, dtype: torch.dtype, what: str) -> list[AtomicGraph]:
-    """Return the graphs of frames, with a progress bar named ``what``."""
+def build_graphs(
+    frames: Sequence[Frame], cutoff: float, dtype: torch.dtype, what: str, quiet: bool = False
+) -> list[AtomicGraph]:
+    """Return the graphs of frames, with a progress bar named ``what`` unless ``quiet``."""
     finder = NeighbourFinder(cutoff)
-    return [build_graph(f, finder, dtype) for f in tqdm(frames, desc=what, unit="frame", leave=False)]
+    bar = tqdm(frames, desc=what, unit="frame", leave=False, disable=quiet)
+    return [build_graph(f, finder, dtype) for f in bar]
 
 
 def content_hash(frames: Sequence[Frame]) -> str:

@@ -2,12 +2,15 @@
 
 Everything random is a function of (seed, stage, epoch, step), and the learning rate of the step, so a checkpoint holds numbers
 and no generator: weights, averaged weights, optimiser moments, and where it was.
+
+With several processes (``parallel.py``) each has the same weights, computes the gradient of its share of the batch, and takes
+the same step from the sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,16 +19,18 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Batch
 
-from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader
-from forcedrop.potential import Potential
-from forcedrop.sampling import Prediction, draw_masks, predict, reduce_samples
+from forcedrop.graph import AtomicGraph, graph_loader, pair_vectors
+from forcedrop.potential import GraphInputs, Potential
+from forcedrop.sampling import draw_masks
 from forcedrop.training.config import OptimiserSection, TrainConfig
-from forcedrop.training.losses import likelihood_loss, plain_loss, squared_errors
+from forcedrop.training.losses import targets
 from forcedrop.training.muon import Muon, is_matrix
+from forcedrop.training.parallel import World
+from forcedrop.training.step import Objective, Step, StepInputs, eager_step
+from forcedrop.training.validate import Errors, validate
 
-_FEW = 4
-"""Masks of the bank whose mean is validated in stage one."""
+CHECK_EVERY = 20
+"""Steps after which a GPU is asked whether all is well; asking makes the processor wait for it. A CPU is asked every step."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -34,18 +39,6 @@ class TrainingDiverged(RuntimeError):
 
 class TrainingInterrupted(RuntimeError):
     """Training was asked to stop; a resumable checkpoint was written."""
-
-
-@dataclass
-class Errors:
-    """Root mean square errors [meV, meV per atom, meV/Å, meV/Å³] and, with samples, the force likelihood and mean z²."""
-
-    energy: float = math.nan
-    energy_per_atom: float = math.nan
-    forces: float = math.nan
-    stress: float = math.nan
-    loss: float = math.nan
-    z2: float = math.nan
 
 
 @dataclass
@@ -84,6 +77,7 @@ class Trainer:
         validation: validation graphs.
         config: the training file.
         scale: the forces' root mean square of the training set [eV/Å].
+        world: the processes that train together.
     """
 
     def __init__(
@@ -93,13 +87,18 @@ class Trainer:
         validation: list[AtomicGraph],
         config: TrainConfig,
         scale: float,
+        world: World | None = None,
     ) -> None:
         self.config, self.potential = config, potential
         self.graphs, self.validation = graphs, validation
         self.device = potential.hidden_bias.device
         self.scale = torch.tensor(scale, dtype=potential.hidden_bias.dtype, device=self.device)
+        self.world = world or World()
+        self.world.copy_from_first([*potential.parameters(), *potential.buffers()])
+        self.check_every = CHECK_EVERY if self.device.type == "cuda" else 1
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
+        self._labels = _label_counts(graphs)
         self._running: list[Tensor] = []
         self._start_stage()
 
@@ -135,6 +134,11 @@ class Trainer:
             self.potential.load_state_dict(self.best)
         self.optimisers = make_optimisers(self.potential, settings)
         self.ema = AveragedModel(self.potential, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+        mean_weight = self.config.stage_two.mean_weight if self.progress.stage else None
+        objective = Objective(self.potential, self.config.loss, self.scale, mean_weight, self.world.sum)
+        self.weights = objective.weights
+        self.compute: Step = eager_step(objective)
+        self._verdict = torch.tensor([0.0, -1.0, 0.0, 0.0], dtype=torch.float64, device=self.device)
 
     def schedule(self) -> float:
         """Return the next step's share of the learning rates: linear warm-up, then half a cosine to 0 at the stage's end."""
@@ -144,52 +148,108 @@ class Trainer:
         warm = min(1.0, (now + 1) / (self.config.optimiser.warmup_steps + 1))
         return base * warm * 0.5 * (1 + math.cos(math.pi * now / total))
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield what is left of this epoch; the order depends on (seed, stage, epoch) alone."""
+    def _batch_indices(self) -> list[list[int]]:
+        """Return the structures of every batch of this epoch, in an order that depends on (seed, stage, epoch) alone."""
         where = (self.config.seed * 2 + self.progress.stage) * 1_000_003 + self.progress.epoch
         order = torch.randperm(len(self.graphs), generator=torch.Generator().manual_seed(where)).tolist()
         size = self.config.batch_size
-        left = [order[first : first + size] for first in range(self.progress.step * size, len(order), size)]
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield what is left of this epoch: of every batch, this process's share.
+
+        Besides the graphs' own fields a share knows ``places``, where its structures are in the whole batch, ``n_whole``, how
+        many the whole has, and ``label_counts``, the numbers of its labels. Where there is nothing to share, a structure
+        without labels stands in.
+        """
+        whole = self._batch_indices()[self.progress.step :]
+        mine = [self.world.share(indices) or indices[:1] for indices in whole]
         pin = self.device.type == "cuda"
-        for batch in graph_loader(self.graphs, left, workers=self.config.workers, pin_memory=pin):
+        loader = graph_loader(self.graphs, mine, workers=self.config.workers, pin_memory=pin)
+        for indices, batch in zip(whole, loader, strict=True):
+            batch.places = self.world.share(range(len(indices))) or [0]
+            batch.n_whole = len(indices)
+            counts = self._labels[indices].sum(0)
+            batch.label_counts = counts.pin_memory() if pin else counts
+            if self.world.rank >= len(indices):
+                for name in ("has_energy", "has_forces", "has_stress"):
+                    batch[name] = torch.zeros_like(batch[name])
             yield batch.to(self.device, non_blocking=pin)
 
-    def run_step(self, batch: Batch) -> Tensor:
-        """Take one step and return the loss.
+    def run_step(self, batch: Batch, stop: Sequence[str] = ()) -> None:
+        """Take one step; ``stop`` holds something once this process was asked to stop.
 
         Raises:
-            TrainingDiverged: if the loss or the gradient is not finite; the weights are those before the step.
+            TrainingDiverged: on a CPU, if the loss or the gradient is not finite; the weights are those before the step. On a
+                GPU the gradient counts as 0 from then on, until :meth:`check` raises.
         """
         share = self.schedule()
         for group in (g for optimiser in self.optimisers for g in optimiser.param_groups):
             group["lr"] = share * group["initial_lr"]
-        self.potential.zero_grad(set_to_none=True)
-        loss, mean = self._loss(batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), self.config.optimiser.clip_gradient)
-        if not torch.isfinite(loss.detach() + norm):
-            raise TrainingDiverged(f"the loss is {float(loss.detach())}, its gradient's norm {float(norm)}")
+        values, gradients = self.compute(self._inputs(batch))
+        weights = [w for w, g in zip(self.weights, gradients, strict=True) if g is not None]
+        own = [values, values.new_full((1,), float(bool(stop))), *(g.flatten() for g in gradients if g is not None)]
+        values, asked, gradient = self.world.sum(torch.cat(own)).split([3, 1, sum(w.numel() for w in weights)])
+        norm = gradient.norm()
+        self._judge(asked[0], values[2], norm)
+        if self.check_every == 1:
+            self._raise_if_diverged()
+        gradient = gradient * (self.config.optimiser.clip_gradient / (norm + 1e-6)).clamp(max=1.0)
+        if self.check_every > 1:
+            gradient = torch.where(self._verdict[1] < 0, gradient, 0.0)
+        for weight, part in zip(weights, gradient.split([w.numel() for w in weights]), strict=True):
+            weight.grad = part.view_as(weight)
         for optimiser in self.optimisers:
             optimiser.step()
         self.ema.update_parameters(self.potential)
         self.progress.step += 1
-        with torch.no_grad():
-            energy, forces, _ = squared_errors(mean, batch, self.scale)
-            per_frame = (mean.energy - batch.energy).square()[batch.has_energy]
-            self._running.append(torch.stack([per_frame.mean().to(forces.dtype), forces * self.scale**2, energy]))
-        return loss.detach()
+        self._running.append(values)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Derived]:
-        weights, two = self.config.loss, self.config.stage_two
-        if self.progress.stage == 0:
-            masks = None
-            if self.masked:
-                masks = {name: mask[0] for name, mask in self._training_masks(batch, 1).items()}
-            derived = derive(self.potential, batch, masks, create_graph=True)
-            return plain_loss(derived, batch, weights, self.scale), Derived(*(x.detach() for x in derived))
-        samples = derive_samples(self.potential, batch, self._training_masks(batch, two.samples))
-        loss = likelihood_loss(samples, batch, weights, self.scale, two.mean_weight)
-        return loss, reduce_samples(Derived(*(x.detach() for x in samples))).mean
+    def _judge(self, asked: Tensor, loss: Tensor, norm: Tensor) -> None:
+        """Note who asked to stop, and the first step whose loss or gradient is not finite: step, loss and norm."""
+        old = self._verdict
+        bad = (old[1] < 0) & ~torch.isfinite(loss + norm)
+        new = torch.stack([torch.full_like(old[1], self.progress.step), loss.to(old.dtype), norm.to(old.dtype)])
+        self._verdict = torch.cat([old[:1] + asked, torch.where(bad, new, old[1:])])
+
+    @property
+    def check_due(self) -> bool:
+        """Whether :meth:`check` is to be called now, on all processes alike, as before anything is written."""
+        return self.progress.step % self.check_every == 0 or self.progress.step == self.steps_per_epoch
+
+    def check(self) -> bool:
+        """Return whether any process was asked to stop.
+
+        Raises:
+            TrainingDiverged: if the loss or the gradient of a step was not finite; the message names its frames.
+        """
+        self._raise_if_diverged()
+        return bool(self._verdict[0] > 0)
+
+    def _raise_if_diverged(self) -> None:
+        _, step, loss, norm = self._verdict.tolist()
+        if step < 0:
+            return
+        where = f"stage {self.progress.stage + 1}, epoch {self.progress.epoch + 1}, step {int(step) + 1}"
+        sources = ", ".join(self.graphs[i].source for i in self._batch_indices()[int(step)])
+        raise TrainingDiverged(f"the loss is {loss}, its gradient's norm {norm} at {where}, in a batch of {sources}")
+
+    def _inputs(self, batch: Batch) -> StepInputs:
+        """Return what the step needs; the elements were checked when the network was made for them."""
+        graph = GraphInputs(
+            species=self.potential.species_of_z[batch.z],
+            batch=batch.batch,
+            nbr=batch.nbr,
+            reverse=batch.nbr_reverse,
+            n_graphs=batch.num_graphs,
+        )
+        masks: dict[str, Tensor] = {}
+        if self.progress.stage:
+            masks = self._training_masks(batch, self.config.stage_two.samples)
+        elif self.masked:
+            masks = {name: mask[0] for name, mask in self._training_masks(batch, 1).items()}
+        vec = pair_vectors(batch, 2 * self.potential.config.cutoff)
+        return StepInputs(vec, graph, masks, targets(batch, batch.label_counts))
 
     def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
         """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms.
@@ -201,17 +261,24 @@ class Trainer:
         generator = torch.Generator().manual_seed(where)
         bank = draw_masks(self.potential, batch, dropout.bank_seed, dropout.bank)
         pick = torch.stack(
-            [torch.randperm(dropout.bank, generator=generator)[:samples] for _ in range(batch.num_graphs)],
+            [torch.randperm(dropout.bank, generator=generator)[:samples] for _ in range(batch.n_whole)],
             dim=1,
-        ).to(self.device)[:, batch.batch]
+        )
+        pick = self._moved(pick[:, batch.places])[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
         edges = {site.name for site in self.potential.sites if not site.n_channels}
         masks = {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}
         if progress.stage == 0:
-            plain = torch.rand(batch.num_graphs, generator=generator) < dropout.plain_share
-            without = plain.to(self.device)[batch.batch][:, None]
+            plain = torch.rand(batch.n_whole, generator=generator) < dropout.plain_share
+            without = self._moved(plain[batch.places])[batch.batch][:, None]
             masks = {name: torch.where(without, torch.ones_like(mask), mask) for name, mask in masks.items()}
         return masks
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """Return the values on the device, without waiting for it."""
+        if self.device.type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values
 
     def training_errors(self) -> Errors:
         """Return the errors of the epoch's steps so far, as they were made (weights in motion), and forget them."""
@@ -223,40 +290,11 @@ class Trainer:
 
     def validate(self) -> Errors:
         """Return the errors of the averaged weights on the validation set; where masks are trained, of the Monte-Carlo mean."""
-        sums = torch.zeros(7, dtype=torch.float64)
-        potential: Any = self.ema.module
-        loss, size = 0.0, self.config.eval_batch_size
-        for first in range(0, len(self.validation), size):
-            batch = batch_graphs(self.validation[first : first + size]).to(self.device)
-            share = batch.num_graphs / len(self.validation)
-            if self.progress.stage == 0:
-                mean = self._predict(potential, batch, _FEW).mean if self.masked else derive(potential, batch)
-                loss += share * float(plain_loss(mean, batch, self.config.loss, self.scale))
-            else:
-                prediction = self._predict(potential, batch, self.config.dropout.bank)
-                mean = prediction.mean
-                nll = likelihood_loss(
-                    prediction.samples, batch, self.config.loss, self.scale, mean_weight=0.0, beta=0.0
-                )
-                loss += share * float(nll)  # a proper score; what is minimised, weighted, is none
-                z2 = ((mean.forces - batch.forces) / prediction.std.forces.clamp(min=1e-9)).square()
-                sums[6] += z2[batch.has_forces[batch.batch]].double().sum().cpu()
-            sums[:6] += _squares(mean, batch)
-        energy, per_atom, n_energy, forces, n_forces, stress = sums[:6].tolist()
-        n_stress = 6 * sum(bool(g.has_stress) for g in self.validation)
-        return Errors(
-            energy=_rms(energy, n_energy),
-            energy_per_atom=_rms(per_atom, n_energy),
-            forces=_rms(forces, n_forces),
-            stress=_rms(stress, n_stress),
-            loss=loss,
-            z2=float(sums[6]) / n_forces if self.progress.stage and n_forces else math.nan,
+        ema: Any = self.ema.module
+        likelihood = self.progress.stage > 0
+        return validate(
+            ema, self.validation, self.config, self.scale, likelihood=likelihood, masked=self.masked, world=self.world
         )
-
-    def _predict(self, potential: Potential, batch: Batch, most: int) -> Prediction:
-        """Return the prediction of the first masks of the bank, ``most`` of them at most."""
-        dropout = self.config.dropout
-        return predict(potential, batch, n_samples=min(most, dropout.bank), seed=dropout.bank_seed)
 
     def finish_epoch(self, errors: Errors) -> bool:
         """Note the validation errors and move on; return whether the stage ended with this epoch."""
@@ -302,7 +340,8 @@ class Trainer:
 
 def make_optimisers(potential: Potential, settings: OptimiserSection) -> list[torch.optim.Optimizer]:
     """Return the optimisers of all weights: Adam, and Muon for the maps between channels if ``settings`` say so."""
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in potential.named_parameters():
         (matrices if settings.muon and is_matrix(name, parameter) else rest).append(parameter)
     decay, fused = settings.weight_decay, potential.hidden_bias.dtype == torch.float32
@@ -316,18 +355,7 @@ def make_optimisers(potential: Potential, settings: OptimiserSection) -> list[to
     return made
 
 
-def _squares(mean: Derived, batch: Batch) -> Tensor:
-    """Return sums of squares and counts: energy, energy per atom, count, forces, count, stress."""
-    n_atoms = torch.bincount(batch.batch, minlength=batch.num_graphs)
-    energy = (mean.energy - batch.energy)[batch.has_energy]
-    forces = (mean.forces - batch.forces)[batch.has_forces[batch.batch]]
-    stress = (mean.stress - batch.stress)[batch.has_stress]
-    per_atom = energy / n_atoms[batch.has_energy]
-    values = [energy.square().sum(), per_atom.square().sum(), energy.numel()]
-    values += [forces.double().square().sum(), forces.numel(), stress.double().square().sum()]
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)
-
-
-def _rms(total: float, count: float) -> float:
-    """Return 1000 times the root mean square; nan where there is nothing."""
-    return 1e3 * math.sqrt(total / count) if count else math.nan
+def _label_counts(graphs: Sequence[AtomicGraph]) -> Tensor:
+    """Return the numbers of energies, force components and stress components of every graph, shape (n, 3)."""
+    rows = [(bool(g.has_energy), 3 * g.num_nodes * bool(g.has_forces), 6 * bool(g.has_stress)) for g in graphs]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch
@@ -10,43 +13,86 @@ from forcedrop.derive import Derived
 from forcedrop.training.config import LossSection
 
 
-def squared_errors(predicted: Derived, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Targets(NamedTuple):
+    """The labels of a batch as plain tensors; they are 0 where ``has_…`` is False.
+
+    Attributes:
+        n_atoms: shape (B,).
+        volume: [Å³], shape (B,).
+        energy: [eV], float64, shape (B,).
+        forces: [eV/Å], shape (N, 3).
+        stress: [eV/Å³], shape (B, 6).
+        has_energy: shape (B,).
+        has_forces: per atom, shape (N,).
+        has_stress: shape (B,).
+        counts: numbers that means are taken over: energies, force components, stress components, shape (3,). Those of this
+            batch, or of a larger one of which this is a share: the shares' losses then add up to the larger one's.
+    """
+
+    n_atoms: Tensor
+    volume: Tensor
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    has_energy: Tensor
+    has_forces: Tensor
+    has_stress: Tensor
+    counts: Tensor
+
+
+def targets(batch: Batch, counts: Tensor | None = None) -> Targets:
+    """Return the labels of a batch, with the ``counts`` of the batch of which it is a share, if given."""
+    has_forces = batch.has_forces[batch.batch]
+    if counts is None:
+        counts = torch.stack([batch.has_energy.sum(), 3 * has_forces.sum(), 6 * batch.has_stress.sum()])
+    return Targets(
+        n_atoms=batch.ptr.diff(),
+        volume=batch.volume,
+        energy=batch.energy,
+        forces=batch.forces,
+        stress=batch.stress,
+        has_energy=batch.has_energy,
+        has_forces=has_forces,
+        has_stress=batch.has_stress,
+        counts=counts,
+    )
+
+
+def squared_errors(predicted: Derived, target: Targets, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean squared errors of energy (per √N), force components and virial (per √N), in units of ``scale``².
 
     Only labels that are there count; a batch without any gives 0. Size-extensive: each has a variance that does not depend on
     the number of atoms where the atoms' errors are independent.
     """
-    energy, forces, virial = residuals(predicted, batch, scale)
-    return (
-        _mean(energy.square(), batch.has_energy),
-        _mean(forces.square(), batch.has_forces[batch.batch]),
-        _mean(virial.square(), batch.has_stress),
-    )
-
-
-def residuals(predicted: Derived, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the errors of energy per √N (…, B), forces (…, N, 3) and virial per √N (…, B, 6), in units of ``scale``."""
-    root_n = torch.bincount(batch.batch, minlength=batch.num_graphs).sqrt()
-    energy = (predicted.energy - batch.energy).to(scale.dtype) / root_n / scale
-    forces = (predicted.forces - batch.forces) / scale
-    virial = (predicted.stress - batch.stress) * (batch.volume / root_n)[:, None] / scale
+    terms = zip(residuals(predicted, target, scale), _present(target), target.counts.unbind(), strict=True)
+    energy, forces, virial = (_sum(error.square(), has) / count.clamp(min=1) for error, has, count in terms)
     return energy, forces, virial
 
 
-def plain_loss(predicted: Derived, batch: Batch, weights: LossSection, scale: Tensor) -> Tensor:
+def residuals(predicted: Derived, target: Targets, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the errors of energy per √N (…, B), forces (…, N, 3) and virial per √N (…, B, 6), in units of ``scale``."""
+    root_n = target.n_atoms.to(scale.dtype).sqrt()
+    energy = (predicted.energy - target.energy).to(scale.dtype) / root_n / scale
+    forces = (predicted.forces - target.forces) / scale
+    virial = (predicted.stress - target.stress) * (target.volume / root_n)[:, None] / scale
+    return energy, forces, virial
+
+
+def plain_loss(predicted: Derived, target: Targets, weights: LossSection, scale: Tensor) -> Tensor:
     """Return the weighted sum of the squared errors."""
-    energy, forces, virial = squared_errors(predicted, batch, scale)
+    energy, forces, virial = squared_errors(predicted, target, scale)
     return weights.energy * energy + weights.forces * forces + weights.stress * virial
 
 
 def likelihood_loss(
     samples: Derived,
-    batch: Batch,
+    target: Targets,
     weights: LossSection,
     scale: Tensor,
     mean_weight: float,
     floor: float = 1e-3,
     beta: float = 0.5,
+    reduce: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Tensor:
     r"""Return the Gaussian negative log-likelihood of mean and spread over the samples, plus the mean's squared errors.
 
@@ -54,20 +100,29 @@ def likelihood_loss(
     force components and virials per √N. Source: Lakshminarayanan, Pritzel & Blundell, NeurIPS 2017, eq. 1. Each entry is
     weighted by :math:`\sigma^{2\beta}` over its mean, without gradient, so that entries of small σ do not drown the others
     (Seitzer, Tavakoli, Antic & Martius, ICLR 2022, eq. 5); ``beta`` 0 is the plain likelihood.
+
+    ``reduce`` sums over the shares of a batch: the normalisers are those of the whole batch.
     """
-    terms = residuals(samples, batch, scale)
-    present = (batch.has_energy, batch.has_forces[batch.batch], batch.has_stress)
+    present, counts = _present(target), target.counts.clamp(min=1)
+    squares, variances = [], []
+    for error in residuals(samples, target, scale):
+        squares.append(error.mean(0).square())
+        variances.append(error.var(0, correction=1) + floor**2)
+    shares = [variance.detach() ** beta for variance in variances]
+    sums = [_sum(x.detach(), has) for x, has in zip([*shares, *squares], [*present, *present], strict=True)]
+    mean_shares, mean_squares = (reduce(torch.stack(sums)).unflatten(0, (2, 3)) / counts).unbind()
     loss = scale.new_zeros(())
-    for error, has, weight in zip(terms, present, (weights.energy, weights.forces, weights.stress), strict=True):
-        square = error.mean(0).square()
-        variance = error.var(0, correction=1) + floor**2
-        share = variance.detach() ** beta
-        nll = 0.5 * (square / variance + variance.log()) * share / _mean(share, has).clamp(min=1e-12)
-        loss = loss + weight * _mean(nll + mean_weight * square / _mean(square.detach(), has).clamp(min=floor**2), has)
+    for k, weight in enumerate((weights.energy, weights.forces, weights.stress)):
+        nll = 0.5 * (squares[k] / variances[k] + variances[k].log()) * shares[k] / mean_shares[k].clamp(min=1e-12)
+        own = mean_weight * squares[k] / mean_squares[k].clamp(min=floor**2)
+        loss = loss + weight * _sum(nll + own, present[k]) / counts[k]
     return loss
 
 
-def _mean(values: Tensor, present: Tensor) -> Tensor:
-    """Return the mean over the entries whose label is there."""
-    mask = present.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1)).expand_as(values)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def _present(target: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    return target.has_energy, target.has_forces, target.has_stress
+
+
+def _sum(values: Tensor, present: Tensor) -> Tensor:
+    """Return the sum over the entries whose label is there."""
+    return (values * present.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))).sum()

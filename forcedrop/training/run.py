@@ -9,14 +9,13 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torch_geometric.data import Batch
 from tqdm import tqdm
 
 import forcedrop
@@ -24,10 +23,12 @@ from forcedrop.graph import AtomicGraph, batch_graphs, pair_vectors
 from forcedrop.potential import DropoutRates, Potential, PotentialConfig
 from forcedrop.structures import Frame
 from forcedrop.training.calibrate import calibrate
-from forcedrop.training.checkpoint import TrainedModel, load_plain, save_atomically, save_model
+from forcedrop.training.checkpoint import TrainedModel, load_model, load_plain, save_atomically, save_model
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
-from forcedrop.training.loop import Errors, Trainer, TrainingDiverged, TrainingInterrupted
+from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
+from forcedrop.training.parallel import World, joined, pick_device
+from forcedrop.training.validate import Errors
 
 CHECKPOINT, MODEL, LOG = "last.pt", "model.pt", "log.csv"
 _COLUMNS = (
@@ -40,7 +41,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
     """Train, calibrate and save a model in ``config.output``.
 
     The folder receives ``model.pt`` (the model), ``last.pt`` (to resume from), ``log.csv``, TensorBoard files and
-    ``split.json`` (which frame was used for what).
+    ``split.json`` (which frame was used for what). Under ``torchrun`` the processes train together; the first one writes.
 
     Args:
         config: from ``load_config``.
@@ -51,31 +52,47 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
         TrainingDiverged: if the loss is not a number; the message names the frames.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a resumable checkpoint was written.
     """
+    with joined(pick_device(config.device)) as world, _matrix_products("high" if config.tf32 else "highest"):
+        trainer, data = _prepare(config, resume, world)
+        _run_stages(trainer, config, content_hash(data.split.train), resume)
+        try:
+            if world.first:
+                return _finish(trainer, config, data)
+        finally:
+            world.barrier()
+        return load_model(config.output / MODEL, trainer.device)
+
+
+def _prepare(config: TrainConfig, resume: bool, world: World) -> tuple[Trainer, Prepared]:
+    """Read the data and return a trainer that is ready to start, or to go on from the checkpoint."""
     out = config.output
     state = _load_checkpoint(config) if resume else None
     if state is None and (out / CHECKPOINT).exists():
         raise ConfigError(f"{out} holds a training already; go on with it (--resume) or choose another `output`")
     data = prepare_data(config)
-    _describe(data)
     if state is not None and state["data_hash"] != content_hash(data.split.train):
         raise ConfigError(f"the training data changed since {out / CHECKPOINT} was written")
-    trainer = build_trainer(config, data)
-    out.mkdir(parents=True, exist_ok=True)
+    if world.first:
+        _describe(data)
+    trainer = build_trainer(config, data, world)
     if state is not None:
         trainer.load_state_dict(state["trainer"])
-    _write_split(out, data)
-    _run_stages(trainer, config, content_hash(data.split.train), resume)
-    return _finish(trainer, config, data)
+    world.barrier()  # nobody writes before everybody has looked
+    if world.first:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_split(out, data)
+    return trainer, data
 
 
-def build_trainer(config: TrainConfig, data: Prepared) -> Trainer:
+def build_trainer(config: TrainConfig, data: Prepared, world: World | None = None) -> Trainer:
     """Return a training of a new network on prepared data, at its first step."""
+    world = world or World()
     dtype = {"float32": torch.float32, "float64": torch.float64}[config.precision]
-    device = torch.device(_pick_device(config.device))
-    graphs = build_graphs(data.split.train, config.model.cutoff, dtype, "neighbour lists")
-    validation = build_graphs(data.split.validation, config.model.cutoff, dtype, "validation lists")
-    potential = build_potential(config, data, graphs, device, dtype)
-    return Trainer(potential, graphs, validation, config, data.energy_scale)
+    cutoff, quiet = config.model.cutoff, not world.first
+    graphs = build_graphs(data.split.train, cutoff, dtype, "neighbour lists", quiet)
+    validation = build_graphs(data.split.validation, cutoff, dtype, "validation lists", quiet)
+    potential = build_potential(config, data, graphs, pick_device(config.device), dtype)
+    return Trainer(potential, graphs, validation, config, data.energy_scale, world)
 
 
 def build_potential(
@@ -105,41 +122,47 @@ def build_potential(
 
 
 def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
-    """Run what is left of both stages, with a progress bar, logs and checkpoints."""
+    """Run what is left of both stages; the first process shows a progress bar and writes logs and checkpoints."""
     out, start, before = config.output, time.monotonic(), trainer.progress.seconds
-    last_saved = start
+    last_saved, first = start, trainer.world.first
 
     def save() -> None:
         trainer.progress.seconds = before + time.monotonic() - start
-        state = {"settings": _settings(config), "data_hash": data_hash, "trainer": trainer.state_dict()}
-        save_atomically(state, out / CHECKPOINT)
+        if first:
+            state = {"settings": _settings(config), "data_hash": data_hash, "trainer": trainer.state_dict()}
+            save_atomically(state, out / CHECKPOINT)
 
     total = trainer.total_epochs * trainer.steps_per_epoch
-    bar = tqdm(total=total, initial=trainer.steps_done, unit="step", smoothing=0.05)
+    bar = tqdm(total=total, initial=trainer.steps_done, unit="step", smoothing=0.05, disable=not first)
     errors = Errors()
-    with bar, SummaryWriter(str(out / "tensorboard")) as board, _stop_signals() as stop:
+    board_or_none = SummaryWriter(str(out / "tensorboard")) if first else nullcontext()
+    with bar, board_or_none as board, _stop_signals() as stop:
         if not resume:
             save()
         while trainer.progress.stage < 2:
             stage = trainer.progress.stage
             for batch in trainer.batches():
                 try:
-                    trainer.run_step(batch)
+                    trainer.run_step(batch, stop)
+                    stopping = trainer.check_due and trainer.check()
                 except TrainingDiverged as error:
-                    raise TrainingDiverged(_divergence(error, trainer, batch, out)) from None
+                    raise TrainingDiverged(f"{error}. The last good checkpoint is {out / CHECKPOINT}") from None
                 bar.update()
-                if time.monotonic() - last_saved > config.checkpoint_seconds:
+                if not trainer.check_due:
+                    continue
+                if stopping or time.monotonic() - last_saved > config.checkpoint_seconds:
                     save()
                     last_saved = time.monotonic()
-                if stop:
-                    save()
-                    raise TrainingInterrupted(f"stopped by {stop[0]}; go on with --resume ({out / CHECKPOINT})")
+                if stopping:
+                    who = stop[0] if stop else "a signal to another process"
+                    raise TrainingInterrupted(f"stopped by {who}; go on with --resume ({out / CHECKPOINT})")
             rate, seconds = trainer.schedule(), before + time.monotonic() - start
             fitted, errors = trainer.training_errors(), trainer.validate()
             epoch = trainer.progress.epoch
             row = _row(stage, epoch, seconds, rate, fitted, errors)
             trainer.progress.history.append(row)
-            _log(out, board, trainer.progress.history, epoch + stage * config.stage_one.epochs)
+            if board is not None:
+                _log(out, board, trainer.progress.history, epoch + stage * config.stage_one.epochs)
             bar.set_postfix_str(_postfix(stage, fitted, errors))
             if trainer.finish_epoch(errors):
                 save()
@@ -183,8 +206,12 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
 
 
 def _settings(config: TrainConfig) -> str:
-    """Return what must not change between a training and its resumption; of the data, the hash says more than the path."""
-    free: Any = dict.fromkeys(("output", "device", "workers", "checkpoint_seconds"), True)
+    """Return what must not change between a training and its resumption.
+
+    Free is what belongs to the machine (device, compilation, TF32, number of processes); of the data, the hash says more than
+    the path.
+    """
+    free: Any = dict.fromkeys(("output", "device", "workers", "compile", "tf32", "checkpoint_seconds"), True)
     return config.model_dump_json(exclude={**free, "data": {"train", "validation", "isolated_atoms"}})
 
 
@@ -200,12 +227,15 @@ def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     return state
 
 
-def _pick_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"`device` is {name} but torch sees no GPU")
-    return name
+@contextmanager
+def _matrix_products(precision: str) -> Iterator[None]:
+    """Set the precision of float32 matrix products on a GPU, and restore it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -227,12 +257,6 @@ def _stop_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _divergence(error: Exception, trainer: Trainer, batch: Batch, out: Path) -> str:
-    sources = ", ".join(batch.source)
-    where = f"stage {trainer.progress.stage + 1}, epoch {trainer.progress.epoch + 1}, step {trainer.progress.step + 1}"
-    return f"{error} at {where}, in a batch of {sources}. The last good checkpoint is {out / CHECKPOINT}"
 
 
 def _row(stage: int, epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors) -> dict[str, float]:

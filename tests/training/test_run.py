@@ -69,11 +69,11 @@ class _StopAt:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
         run_step, count = Trainer.run_step, [0]
 
-        def counted(trainer: Trainer, batch: object) -> torch.Tensor:
+        def counted(trainer: Trainer, batch: object, stop: object) -> None:
             count[0] += 1
             if count[0] == step:
                 os.kill(os.getpid(), number)
-            return run_step(trainer, batch)
+            run_step(trainer, batch, stop)
 
         monkeypatch.setattr(Trainer, "run_step", counted)
 
@@ -132,11 +132,11 @@ def test_changed_data_are_noticed(folder: Path, monkeypatch) -> None:
 def test_divergence_names_the_frames_and_keeps_the_checkpoint(folder: Path, monkeypatch) -> None:
     run_step, count = Trainer.run_step, [0]
 
-    def poisoned(trainer: Trainer, batch: object) -> torch.Tensor:
+    def poisoned(trainer: Trainer, batch: object, stop: object) -> None:
         count[0] += 1
         if count[0] == 7:
             batch.forces[2] = float("nan")
-        return run_step(trainer, batch)
+        run_step(trainer, batch, stop)
 
     monkeypatch.setattr(Trainer, "run_step", poisoned)
     with pytest.raises(TrainingDiverged, match=r"loss is nan.*stage 1, epoch 2, step 2, in a batch of .*train\.h5#\d+"):
@@ -193,12 +193,11 @@ def test_a_model_that_cannot_be_calibrated_is_not_lost(folder: Path, monkeypatch
     """Its readout is dead: the samples are all the same."""
     run_step = Trainer.run_step
 
-    def killed(trainer: Trainer, batch: object) -> torch.Tensor:
-        loss = run_step(trainer, batch)
+    def killed(trainer: Trainer, batch: object, stop: object) -> None:
+        run_step(trainer, batch, stop)
         for potential in (trainer.potential, trainer.ema.module):
             potential.output.weight.data.zero_()
             potential.layers[1].update.species.weight.data.zero_()
-        return loss
 
     monkeypatch.setattr(Trainer, "run_step", killed)
     short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
