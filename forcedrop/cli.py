@@ -79,9 +79,12 @@ def train(
     from forcedrop.report import save_figure, training_figure
     from forcedrop.training import load_config
     from forcedrop.training import train as train_model
+    from forcedrop.training.parallel import is_first_process
 
     settings = load_config(config)
     model = train_model(settings, resume=resume)
+    if not is_first_process():  # under torchrun
+        return
     save_figure(training_figure(settings.output / "log.csv"), settings.output / "training.png")
     last = model.provenance["last_epoch"]
     typer.echo(

@@ -57,6 +57,7 @@ class PotentialConfig:
         n_layers: message-passing layers.
         l_max: highest l of the fields on the sphere.
         n_radial: Bessel functions.
+        cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
         n_hidden: hidden channels of the last readout.
         zbl: whether the short-range ZBL repulsion is added.
         dropout: the rates of the dropout sites.
@@ -68,6 +69,7 @@ class PotentialConfig:
     n_layers: int = 2
     l_max: int = 3
     n_radial: int = 6
+    cutoff_power: int = 6
     n_hidden: int = 64
     zbl: bool = False
     dropout: DropoutRates = field(default_factory=DropoutRates)
@@ -145,7 +147,7 @@ class Potential(nn.Module):
         self.config = config
         c = config.n_channels
         n_species = len(config.elements)
-        self.pairs = PairFunctions(BesselBasis(config.n_radial, config.cutoff), config.l_max)
+        self.pairs = PairFunctions(BesselBasis(config.n_radial, config.cutoff, config.cutoff_power), config.l_max)
         last = config.n_layers - 1
         self.layers = nn.ModuleList(Layer(config, t == 0, t == last) for t in range(config.n_layers))
         # readouts start small: a random energy landscape is a worse start than a nearly flat one

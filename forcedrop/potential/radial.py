@@ -25,17 +25,18 @@ class BesselBasis(nn.Module):
     Args:
         n_radial: number of functions.
         cutoff: r_cut [Å].
+        power: p of the cutoff function; a lower one gives near neighbours more weight.
     """
 
     wave: Tensor
 
-    def __init__(self, n_radial: int, cutoff: float) -> None:
+    def __init__(self, n_radial: int, cutoff: float, power: int = 6) -> None:
         super().__init__()
-        self.cutoff = cutoff
+        self.cutoff, self.power = cutoff, power
         self.register_buffer("wave", torch.arange(1, n_radial + 1) * (math.pi / cutoff), persistent=False)
 
     def forward(self, r: Tensor) -> Tensor:
         """Return the basis at distances ``r`` [Å], shape (…, n_radial)."""
         r = r[..., None]
-        envelope = polynomial_cutoff(r / self.cutoff)
+        envelope = polynomial_cutoff(r / self.cutoff, self.power)
         return math.sqrt(2.0 / self.cutoff) * torch.sin(r * self.wave) / r * envelope

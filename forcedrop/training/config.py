@@ -52,6 +52,7 @@ class ModelSection(_Section):
     n_layers: int = Field(2, ge=1)
     l_max: int = Field(3, ge=1, le=6)
     n_radial: int = Field(6, ge=1)
+    cutoff_power: int = Field(6, ge=1, description="of the cutoff function; the lower, the more near neighbours weigh")
     n_hidden: int = Field(64, ge=1)
     zbl: bool = Field(False, description="add the short-range ZBL repulsion")
 

@@ -68,6 +68,11 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process that writes and talks, before and after a training too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device that a training file names; with several processes, each one's own GPU.
 
