@@ -82,6 +82,12 @@ class LossSection(_Section):
     energy: float = Field(1.0, ge=0, description="per √N")
     forces: float = Field(1.0, ge=0, description="per component")
     stress: float = Field(0.1, ge=0, description="virial per √N")
+    ramp: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="share of the energy and stress weights at the start of stage one; grows to 1 at its end",
+    )
 
 
 class OptimiserSection(_Section):

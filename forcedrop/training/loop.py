@@ -143,10 +143,19 @@ class Trainer:
     def schedule(self) -> float:
         """Return the next step's share of the learning rates: linear warm-up, then half a cosine to 0 at the stage's end."""
         base = self.config.stage_two.learning_rate_factor if self.progress.stage else 1.0
-        total = self.stage_settings.epochs * self.steps_per_epoch
         now = self.progress.epoch * self.steps_per_epoch + self.progress.step
         warm = min(1.0, (now + 1) / (self.config.optimiser.warmup_steps + 1))
-        return base * warm * 0.5 * (1 + math.cos(math.pi * now / total))
+        return base * warm * 0.5 * (1 + math.cos(math.pi * self._passed))
+
+    def ramp(self) -> float:
+        """Return the next step's factor of the energy and stress weights: grows geometrically to 1 in stage one."""
+        return 1.0 if self.progress.stage else self.config.loss.ramp ** (1 - self._passed)
+
+    @property
+    def _passed(self) -> float:
+        """The share of the stage's steps that is behind us."""
+        now = self.progress.epoch * self.steps_per_epoch + self.progress.step
+        return now / (self.stage_settings.epochs * self.steps_per_epoch)
 
     def _batch_indices(self) -> list[list[int]]:
         """Return the structures of every batch of this epoch, in an order that depends on (seed, stage, epoch) alone."""
@@ -249,7 +258,8 @@ class Trainer:
         elif self.masked:
             masks = {name: mask[0] for name, mask in self._training_masks(batch, 1).items()}
         vec = pair_vectors(batch, 2 * self.potential.config.cutoff)
-        return StepInputs(vec, graph, masks, targets(batch, batch.label_counts))
+        ramp = self._moved(torch.tensor(self.ramp(), dtype=vec.dtype))
+        return StepInputs(vec, graph, masks, targets(batch, batch.label_counts), ramp)
 
     def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
         """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms.

@@ -78,10 +78,16 @@ def residuals(predicted: Derived, target: Targets, scale: Tensor) -> tuple[Tenso
     return energy, forces, virial
 
 
-def plain_loss(predicted: Derived, target: Targets, weights: LossSection, scale: Tensor) -> Tensor:
-    """Return the weighted sum of the squared errors."""
+def plain_loss(
+    predicted: Derived, target: Targets, weights: LossSection, scale: Tensor, ramp: Tensor | float = 1.0
+) -> Tensor:
+    """Return the weighted sum of the squared errors, the weights of energy and virial multiplied by ``ramp``.
+
+    Energies and virials are sums over all atoms, so their errors are stiff in the weights of the network: at a high learning
+    rate they shake it while the forces are being learned. They may wait until the rate is low.
+    """
     energy, forces, virial = squared_errors(predicted, target, scale)
-    return weights.energy * energy + weights.forces * forces + weights.stress * virial
+    return weights.forces * forces + ramp * (weights.energy * energy + weights.stress * virial)
 
 
 def likelihood_loss(

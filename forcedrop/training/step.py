@@ -23,12 +23,14 @@ class StepInputs(NamedTuple):
         graph: the neighbour lists.
         masks: by site; in stage two with the sample axis first; empty for the plain network.
         target: the labels.
+        ramp: factor of the weights of energy and stress, a tensor without dimensions.
     """
 
     vec: Tensor
     graph: GraphInputs
     masks: dict[str, Tensor]
     target: Targets
+    ramp: Tensor
 
 
 class StepResult(NamedTuple):
@@ -79,10 +81,10 @@ class Objective(nn.Module):
 
     def forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Return the loss and, without gradient, ``StepResult.values``."""
-        vec, graph, masks, target = inputs
+        vec, graph, masks, target, ramp = inputs
         if self.mean_weight is None:
             derived = derive_pairs(self.potential, graph, vec, target.volume, masks, create_graph=True)
-            loss = plain_loss(derived, target, self.loss, self.scale)
+            loss = plain_loss(derived, target, self.loss, self.scale, ramp)
             mean = Derived(*(x.detach() for x in derived))
         else:
             samples = derive_pairs_samples(self.potential, graph, vec, target.volume, masks)

@@ -70,9 +70,24 @@ def test_stage_one_minimises_the_error_of_masked_or_plain_networks(dropout: bool
     assert made.masked is dropout
     batch = first_batch(made)
     masks = {name: mask[0] for name, mask in made._training_masks(batch, 1).items()} if dropout else None
-    expected = plain_loss(derive(made.potential, batch, masks), targets(batch), LossSection(), made.scale)
+    expected = plain_loss(derive(made.potential, batch, masks), targets(batch), LossSection(), made.scale, ramp=0.01)
     loss = made.compute(made._inputs(batch)).values[2]
     torch.testing.assert_close(loss, expected.detach())
+
+
+def test_energy_and_stress_weights_grow_while_the_rate_falls() -> None:
+    made, seen = trainer(optimiser={"warmup_steps": 0}, loss={"ramp": 0.01}), []
+    steps = made.config.stage_one.epochs * made.steps_per_epoch
+    for done in range(steps):
+        made.progress.epoch, made.progress.step = divmod(done, made.steps_per_epoch)
+        seen.append((made.ramp(), made.schedule()))
+    ramp, rate = zip(*seen, strict=True)
+    assert ramp[0] == pytest.approx(0.01)
+    assert ramp[steps // 2] == pytest.approx(0.1, rel=1e-6)
+    assert list(ramp) == sorted(ramp)
+    assert list(rate) == sorted(rate, reverse=True)
+    made.progress.stage = 1
+    assert made.ramp() == 1.0
 
 
 def test_a_network_without_sites_trains_plainly() -> None:
