@@ -168,7 +168,7 @@ def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dic
 
     from forcedrop.calculator import DropoutCalculator
     from forcedrop.training import TrainedModel, load_config, parse_config
-    from forcedrop.training.data import build_graphs, prepare_data
+    from forcedrop.training.data import prepare_data
     from forcedrop.training.run import build_trainer
 
     recipe = load_config(ROOT / "examples" / "configs" / "3bpa.yaml").model_dump(mode="json", exclude_unset=True)
