@@ -141,6 +141,22 @@ class SpeciesWeights(nn.Module):
         return x * (one_hot @ self.weight)
 
 
+class CentredMask(nn.Module):
+    """A mask m on what an atom has beyond the typical value c of its element: x → x + (m − 1)(x − c), c learned.
+
+    The mean over masks is x. About 0 instead of c, a dropped channel would shift the energies of all atoms of an element alike,
+    and with them the energy of a large system by far more than the potential is uncertain.
+    """
+
+    def __init__(self, n_species: int, n_channels: int) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(n_species, n_channels))
+
+    def forward(self, x: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor:
+        """Mask ``x`` (N, C) with (C,) or (N, C); None changes nothing."""
+        return x if mask is None else x + (mask - 1) * (x - one_hot @ self.centre)
+
+
 class Update(nn.Module):
     """From three fields per channel to the branch that is added to an atom's scalars and vectors."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from forcedrop.potential.layers import (
+    CentredMask,
     Linear,
     Message,
     PairFunctions,
@@ -121,6 +122,7 @@ class Layer(nn.Module):
             self.message = Message(c, config.n_radial, config.l_max)
             self.fields = TensorLinear([2 * c] * 2 + [c] * (config.l_max - 1), 3 * c)
             self.skip = Linear(c, c)
+            self.mask = CentredMask(n_species, c)
         self.update = Update(n_species, c, config.l_max, vectors=not last)
 
 
@@ -154,6 +156,7 @@ class Potential(nn.Module):
         self.readouts = nn.ModuleList(Linear(c, 1, gain=0.1) for _ in range(config.n_layers))
         self.hidden = Linear(c, config.n_hidden)
         self.hidden_bias = nn.Parameter(torch.zeros(config.n_hidden))
+        self.mask = CentredMask(n_species, config.n_hidden)
         self.output = Linear(config.n_hidden, 1, gain=0.1)
         self.species_bias = nn.Parameter(torch.zeros(n_species, 1))
         self.zbl = ZBLRepulsion(config.elements) if config.zbl else None
@@ -231,11 +234,10 @@ class Potential(nn.Module):
             else:
                 fields = self._message_fields(layer, h, v, carried, graph, masks.get(f"layers.{t}.message"))
                 branch = layer.update(fields, one_hot)
-                h, v = self._add(layer.skip, h, v, branch, masks.get(f"layers.{t}.update"))
+                h, v = self._add(layer, h, v, branch, one_hot, masks.get(f"layers.{t}.update"))
             energy = energy + self.readouts[t](h)
         hidden = nn.functional.silu(self.hidden(h) + self.hidden_bias)
-        if (mask := masks.get("readout.hidden")) is not None:
-            hidden = hidden * mask
+        hidden = self.mask(hidden, one_hot, masks.get("readout.hidden"))
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0] * self.energy_scale
         if self.zbl is not None:
             energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
@@ -258,13 +260,16 @@ class Potential(nn.Module):
         return layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[2:])
 
     @staticmethod
-    def _add(skip: nn.Module, h: Tensor, v: Tensor, branch: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _add(
+        layer: Any, h: Tensor, v: Tensor, branch: Tensor, one_hot: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return scalars (N, C) and vectors (3, N, C) with the branch added; in the last layer vectors stay as they are."""
         scalars, vectors = branch[0], branch[1:]
         c = scalars.shape[-1]
-        if mask is not None:
-            scalars = scalars * mask[..., :c]
-            vectors = vectors * mask[..., c:] if len(vectors) else vectors
-        return skip(h) + scalars, v + vectors if len(vectors) else vectors
+        h = layer.skip(h) + layer.mask(scalars, one_hot, None if mask is None else mask[..., :c])
+        if len(vectors):
+            v = v + (vectors if mask is None else vectors * mask[..., c:])
+        return h, v
 
     def measure_norms(self, batch: Batch, vec: Tensor) -> None:
         """Measure and store every root mean square on one batch of data, layer after layer, in one pass."""
