@@ -141,6 +141,7 @@ class TrainConfig(_Section):
     workers: int = Field(0, ge=0, description="processes that prepare batches; 0 does it in the training process")
     device: str = Field("auto", description="cpu, cuda, cuda:1 … or auto")
     precision: Literal["float32", "float64"] = "float32"
+    compile: bool = Field(False, description="compile the step of stage one: minutes at the start, less time a step")
     tf32: bool = Field(False, description="TF32 matrix products on a GPU; energies are summed in float64 either way")
     checkpoint_seconds: float = Field(60.0, ge=0, description="a resumable checkpoint at most this often")
 

@@ -22,6 +22,7 @@ from torch_geometric.data import Batch
 from forcedrop.graph import AtomicGraph, graph_loader, pair_vectors
 from forcedrop.potential import GraphInputs, Potential
 from forcedrop.sampling import draw_masks
+from forcedrop.training.compiled import CompiledStep
 from forcedrop.training.config import OptimiserSection, TrainConfig
 from forcedrop.training.losses import targets
 from forcedrop.training.muon import Muon, is_matrix
@@ -135,9 +136,10 @@ class Trainer:
         self.optimisers = make_optimisers(self.potential, settings)
         self.ema = AveragedModel(self.potential, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         mean_weight = self.config.stage_two.mean_weight if self.progress.stage else None
-        objective = Objective(self.potential, self.config.loss, self.scale, mean_weight, self.world.sum)
-        self.weights = objective.weights
-        self.compute: Step = eager_step(objective)
+        self.objective = Objective(self.potential, self.config.loss, self.scale, mean_weight, self.world.sum)
+        self.weights = self.objective.weights
+        compiled = self.config.compile and not self.progress.stage  # several functions at once cannot be traced (yet)
+        self.compute: Step = CompiledStep(self.objective) if compiled else eager_step(self.objective)
         self._verdict = torch.tensor([0.0, -1.0, 0.0, 0.0], dtype=torch.float64, device=self.device)
 
     def schedule(self) -> float:
