@@ -7,7 +7,7 @@ from forcedrop.potential import DropoutRates, Potential
 from forcedrop.sampling import draw_masks, predict
 from forcedrop.training import parse_config
 from forcedrop.training.config import LossSection
-from forcedrop.training.loop import Trainer
+from forcedrop.training.loop import Trainer, TrainingDiverged
 from forcedrop.training.losses import plain_loss, targets
 from tests.conftest import emt_frames, graph_of, make_potential, settings
 
@@ -111,3 +111,26 @@ def test_workers_and_order_give_the_same_batches() -> None:
         assert a.source == b.source
         assert torch.equal(a.nbr_reverse, b.nbr_reverse)
     assert sorted(s for batch in alone.batches() for s in batch.source) == sorted(g.source for g in alone.graphs)
+
+
+def test_a_bad_gradient_that_is_noticed_later_counts_as_zero() -> None:
+    """As on a GPU, which is asked only now and then."""
+    made = trainer(batch_size=2)
+    made.check_every = 4
+    for number, batch in enumerate(made.batches(), 1):
+        if number == 2:
+            batch.forces[0] = float("nan")
+            sources = ", ".join(batch.source)
+        made.run_step(batch, ["SIGTERM"] if number == 3 else ())
+        assert made.check_due is (number in (4, 5))
+    assert all(torch.isfinite(w).all() for w in made.potential.parameters())
+    with pytest.raises(TrainingDiverged, match=f"loss is nan.*stage 1, epoch 1, step 2, in a batch of {sources}"):
+        made.check()
+
+
+def test_a_request_to_stop_is_remembered_until_asked_for() -> None:
+    made = trainer(batch_size=2)
+    made.check_every = 4
+    for number, batch in enumerate(made.batches()):
+        made.run_step(batch, ["SIGTERM"] if number == 1 else ())
+    assert made.check()
