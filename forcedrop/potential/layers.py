@@ -142,18 +142,25 @@ class SpeciesWeights(nn.Module):
 
 
 class CentredMask(nn.Module):
-    """A mask m on what an atom has beyond the typical value c of its element: x → x + (m − 1)(x − c), c learned.
+    """A mask m on what an atom has beyond the typical value c of its element: x → x + (m − 1)(x − c).
 
     The mean over masks is x. About 0 instead of c, a dropped channel would shift the energies of all atoms of an element alike,
-    and with them the energy of a large system by far more than the potential is uncertain.
+    and with them the energy of a large system by far more than the potential is uncertain. c is the mean over the atoms of an
+    element in training data, measured from time to time while weights change, a constant ever after.
     """
+
+    centre: Tensor
 
     def __init__(self, n_species: int, n_channels: int) -> None:
         super().__init__()
-        self.centre = nn.Parameter(torch.zeros(n_species, n_channels))
+        self.register_buffer("centre", torch.zeros(n_species, n_channels))
+        self.measuring = False
 
     def forward(self, x: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor:
         """Mask ``x`` (N, C) with (C,) or (N, C); None changes nothing."""
+        if self.measuring:
+            count = one_hot.sum(0)[:, None]
+            self.centre.copy_(torch.where(count > 0, one_hot.T @ x / count.clamp(min=1), self.centre))
         return x if mask is None else x + (mask - 1) * (x - one_hot @ self.centre)
 
 

@@ -273,15 +273,22 @@ class Potential(nn.Module):
 
     def measure_norms(self, batch: Batch, vec: Tensor) -> None:
         """Measure and store every root mean square on one batch of data, layer after layer, in one pass."""
-        norms = [m for m in self.modules() if isinstance(m, SphereNorm)]
-        for norm in norms:
-            norm.measuring = True
+        self._measure(SphereNorm, vec, self.inputs(batch))
+
+    def measure_centres(self, graph: GraphInputs, vec: Tensor) -> None:
+        """Measure and store what masks act about: the mean over each element's atoms in one batch of data, without masks."""
+        self._measure(CentredMask, vec, graph)
+
+    def _measure(self, kind: type[SphereNorm] | type[CentredMask], vec: Tensor, graph: GraphInputs) -> None:
+        modules = [m for m in self.modules() if isinstance(m, kind)]
+        for module in modules:
+            module.measuring = True
         try:
             with torch.no_grad():
-                self(vec, self.inputs(batch))
+                self(vec, graph)
         finally:
-            for norm in norms:
-                norm.measuring = False
+            for module in modules:
+                module.measuring = False
 
     def extra_repr(self) -> str:
         """Say the elements and the number of parameters."""

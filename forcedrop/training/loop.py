@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Batch
 
-from forcedrop.graph import AtomicGraph, graph_loader, pair_vectors
+from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader, pair_vectors
 from forcedrop.potential import GraphInputs, Potential
 from forcedrop.sampling import draw_masks
 from forcedrop.training.compiled import CompiledStep
@@ -32,6 +32,9 @@ from forcedrop.training.validate import Errors, validate
 
 CHECK_EVERY = 20
 """Steps after which a GPU is asked whether all is well; asking makes the processor wait for it. A CPU is asked every step."""
+
+CENTRE_EVERY = 50
+"""Steps after which it is measured anew about which values masks act."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -100,6 +103,8 @@ class Trainer:
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self._labels = _label_counts(graphs)
+        some = torch.randperm(len(graphs), generator=torch.Generator().manual_seed(config.seed))[:24].tolist()
+        self._typical = batch_graphs([graphs[i] for i in some]).to(self.device)
         self._running: list[Tensor] = []
         self._start_stage()
 
@@ -145,8 +150,7 @@ class Trainer:
     def schedule(self) -> float:
         """Return the next step's share of the learning rates: linear warm-up, then half a cosine to 0 at the stage's end."""
         base = self.config.stage_two.learning_rate_factor if self.progress.stage else 1.0
-        now = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        warm = min(1.0, (now + 1) / (self.config.optimiser.warmup_steps + 1))
+        warm = min(1.0, (self._now + 1) / (self.config.optimiser.warmup_steps + 1))
         return base * warm * 0.5 * (1 + math.cos(math.pi * self._passed))
 
     def ramp(self) -> float:
@@ -154,10 +158,14 @@ class Trainer:
         return 1.0 if self.progress.stage else self.config.loss.ramp ** (1 - self._passed)
 
     @property
+    def _now(self) -> int:
+        """Steps of the stage that are behind us."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    @property
     def _passed(self) -> float:
         """The share of the stage's steps that is behind us."""
-        now = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        return now / (self.stage_settings.epochs * self.steps_per_epoch)
+        return self._now / (self.stage_settings.epochs * self.steps_per_epoch)
 
     def _batch_indices(self) -> list[list[int]]:
         """Return the structures of every batch of this epoch, in an order that depends on (seed, stage, epoch) alone."""
@@ -194,6 +202,9 @@ class Trainer:
             TrainingDiverged: on a CPU, if the loss or the gradient is not finite; the weights are those before the step. On a
                 GPU the gradient counts as 0 from then on, until :meth:`check` raises.
         """
+        if self.masked and self._now % CENTRE_EVERY == 0:
+            vec = pair_vectors(self._typical, 2 * self.potential.config.cutoff)
+            self.potential.measure_centres(self._graph_inputs(self._typical), vec)
         share = self.schedule()
         for group in (g for optimiser in self.optimisers for g in optimiser.param_groups):
             group["lr"] = share * group["initial_lr"]
@@ -246,14 +257,8 @@ class Trainer:
         raise TrainingDiverged(f"the loss is {loss}, its gradient's norm {norm} at {where}, in a batch of {sources}")
 
     def _inputs(self, batch: Batch) -> StepInputs:
-        """Return what the step needs; the elements were checked when the network was made for them."""
-        graph = GraphInputs(
-            species=self.potential.species_of_z[batch.z],
-            batch=batch.batch,
-            nbr=batch.nbr,
-            reverse=batch.nbr_reverse,
-            n_graphs=batch.num_graphs,
-        )
+        """Return what the step needs."""
+        graph = self._graph_inputs(batch)
         masks: dict[str, Tensor] = {}
         if self.progress.stage:
             masks = self._training_masks(batch, self.config.stage_two.samples)
@@ -262,6 +267,16 @@ class Trainer:
         vec = pair_vectors(batch, 2 * self.potential.config.cutoff)
         ramp = self._moved(torch.tensor(self.ramp(), dtype=vec.dtype))
         return StepInputs(vec, graph, masks, targets(batch, batch.label_counts), ramp)
+
+    def _graph_inputs(self, batch: Batch) -> GraphInputs:
+        """Return the neighbour lists; the elements were checked when the network was made for them."""
+        return GraphInputs(
+            species=self.potential.species_of_z[batch.z],
+            batch=batch.batch,
+            nbr=batch.nbr,
+            reverse=batch.nbr_reverse,
+            n_graphs=batch.num_graphs,
+        )
 
     def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
         """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms.

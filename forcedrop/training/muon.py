@@ -87,5 +87,4 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a weight is a map between channels, at least 6 to 6: those are Muon's, the rest is Adam's."""
-    per_element = name.endswith(("species.weight", "mask.centre"))
-    return parameter.ndim == 2 and min(parameter.shape) > 4 and not per_element
+    return parameter.ndim == 2 and min(parameter.shape) > 4 and not name.endswith("species.weight")

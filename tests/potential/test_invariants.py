@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 
 from forcedrop.derive import VOIGT, Derived, derive, derive_samples
+from forcedrop.graph import pair_vectors
 from forcedrop.potential import DropoutRates, Potential, dropout_sites
+from forcedrop.potential.layers import CentredMask
 from forcedrop.sampling import draw_masks, predict
 from forcedrop.testing import assert_conservative, assert_equivariant, assert_smooth
 from tests.conftest import FEATURES_ONLY, RATES, batch_of, ethanol, make_potential, silicon
@@ -195,3 +198,31 @@ def test_norms_depend_on_the_first_batch_only() -> None:
     before = {k: v.clone() for k, v in potential.state_dict().items()}
     predict(potential, batch_of([silicon()], 4.0), n_samples=2)
     assert all(torch.equal(v, before[k]) for k, v in potential.state_dict().items())
+
+
+def test_masks_act_about_the_typical_atom() -> None:
+    """In a perfect crystal every atom is the typical one of its element: no mask changes anything, until an atom moves."""
+    potential, crystal = make_potential(rates=DropoutRates(update=0.3, readout=0.5)), bulk("Si")
+    batch = batch_of([crystal.repeat(2)], potential.config.cutoff)
+    assert float(predict(potential, batch, n_samples=K).std.energy) > 1e-3
+    potential.measure_centres(potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff))
+    about = predict(potential, batch, n_samples=K)
+    torch.testing.assert_close(about.mean.energy, derive(potential, batch).energy, rtol=0, atol=1e-9)
+    assert float(about.std.energy) < 1e-9
+    moved = crystal.repeat(2)
+    moved.positions[0] += [0.1, 0.0, 0.2]
+    assert float(predict(potential, batch_of([moved], potential.config.cutoff), n_samples=K).std.energy) > 1e-3
+
+
+def test_centred_masks_keep_the_mean_and_ones_keep_the_bits() -> None:
+    layer = CentredMask(2, 5).double()
+    layer.centre.copy_(torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    one_hot = torch.eye(2, dtype=torch.float64)[[0, 1, 1]]
+    assert torch.equal(layer(x, one_hot, torch.ones(5, dtype=torch.float64)), x)
+    torch.testing.assert_close(layer(x, one_hot, torch.zeros(5, dtype=torch.float64)), layer.centre[[0, 1, 1]])
+    two = [layer(x, one_hot, torch.full((5,), value, dtype=torch.float64)) for value in (0.0, 2.0)]
+    torch.testing.assert_close((two[0] + two[1]) / 2, x)
+    layer.measuring = True
+    layer(x, one_hot, None)
+    torch.testing.assert_close(layer.centre, torch.stack([x[0], x[1:].mean(0)]))

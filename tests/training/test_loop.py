@@ -90,6 +90,15 @@ def test_energy_and_stress_weights_grow_while_the_rate_falls() -> None:
     assert made.ramp() == 1.0
 
 
+def test_centres_are_measured_with_masks_and_left_alone_without() -> None:
+    for dropout in (True, False):
+        made = trainer(stage_one={"dropout": dropout})
+        made.potential.mask.centre.zero_()
+        made.run_step(first_batch(made))
+        assert bool(made.potential.mask.centre.any()) is dropout
+        assert torch.equal(made.ema.module.mask.centre, made.potential.mask.centre)
+
+
 def test_a_network_without_sites_trains_plainly() -> None:
     plain = make_potential(elements=(29,), rates=DropoutRates(0, 0, 0, 0))
     made = trainer(plain, dropout={"edge": 0, "update": 0, "readout": 0, "message": 0}, stage_two={"epochs": 0})
