@@ -144,7 +144,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory):
 
     folder = tmp_path_factory.mktemp("trained")
     write_frames(folder / "train.h5", emt_frames(40))
-    train(parse_config(settings(folder, stage_one={"epochs": 15}, stage_two={"epochs": 6})))
+    train(parse_config(settings(folder, stage_one={"epochs": 40}, stage_two={"epochs": 6})))
     return folder
 
 
