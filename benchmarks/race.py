@@ -32,11 +32,12 @@ from ase.io import write
 from common import RESULTS, environment, read_results, write_results
 
 from forcedrop.derive import derive
-from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
+from forcedrop.evaluation import evaluate
+from forcedrop.graph import AtomicGraph, NeighbourFinder, batch_graphs, build_graph
 from forcedrop.metrics import rmse
-from forcedrop.sampling import predict
-from forcedrop.structures import Frame, read_frames
+from forcedrop.structures import Frame, LabelKeys, read_frames
 from forcedrop.training import TrainConfig, TrainedModel, load_config, load_model, parse_config, train
+from forcedrop.training.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "race"
@@ -199,41 +200,60 @@ def _log(kind: str) -> Path:
 
 
 def test(data: Path) -> None:
-    """Add the errors of both trainings on the published test sets, and of the weight-scaled pass where there are masks."""
+    """Add the errors of both trainings on the published test sets; with dropout also how honest σ is.
+
+    σ is calibrated here on the 50 validation frames, the only ones that are left.
+    """
     results = read_results("race")
     for kind in ("plain", "dropout"):
         path = RUNS / kind / "model.pt"
         if not path.exists():
             continue
         model = load_model(path)
+        if kind == "dropout":
+            held = read_frames(RUNS / "validation.xyz", keys=LabelKeys(energy="REF_energy", forces="REF_forces"))
+            model.calibration = calibrate(model, graphs_of(model, held), model.bank)
         for temperature in ("300", "600"):
             frames = read_frames(data / f"test_{temperature}K.xyz")
-            errors = force_energy_rmse(model, frames)
-            print(kind, temperature, "K:", errors)
-            results.setdefault("test", {}).setdefault(kind, {})[f"{temperature} K"] = errors
-    write_results("race", results)
+            row = sampled_errors(model, frames) if kind == "dropout" else plain_errors(model, frames)
+            print(kind, temperature, "K:", row)
+            results.setdefault("test", {}).setdefault(kind, {})[f"{temperature} K"] = row
+            write_results("race", results)
 
 
-def force_energy_rmse(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
-    """Return force and energy RMSE [meV/Å, meV] of the plain pass and, where there are masks, of the mean of all."""
+def graphs_of(model: TrainedModel, frames: list[Frame]) -> list[AtomicGraph]:
+    """Return the graphs of frames with the model's cutoff."""
     finder = NeighbourFinder(model.potential.config.cutoff)
-    graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
-    energy: dict[str, list[np.ndarray]] = {"plain": [], "mean": []}
-    forces: dict[str, list[np.ndarray]] = {"plain": [], "mean": []}
+    return [build_graph(frame, finder, model.dtype) for frame in frames]
+
+
+def plain_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
+    """Return force and energy RMSE [meV/Å, meV] of a network without dropout."""
+    graphs, energy, forces = graphs_of(model, frames), [], []
     for first in range(0, len(graphs), 10):
         batch = batch_graphs(graphs[first : first + 10])
-        found = {"plain": derive(model.potential, batch)}
-        if model.potential.sites:
-            found["mean"] = predict(model.potential, batch, n_samples=model.bank, seed=model.bank_seed, chunk=4).mean
-        for name, value in found.items():
-            energy[name].append((value.energy - batch.energy).numpy())
-            forces[name].append((value.forces - batch.forces).numpy().ravel())
-    result = {}
-    for name in ("mean", "plain"):
-        if energy[name]:
-            result[f"forces_{name}"] = round(1e3 * rmse(np.concatenate(forces[name])), 2)
-            result[f"energy_{name}"] = round(1e3 * rmse(np.concatenate(energy[name])), 2)
-    return result
+        found = derive(model.potential, batch)
+        energy.append((found.energy - batch.energy).numpy())
+        forces.append((found.forces - batch.forces).numpy().ravel())
+    errors = {"forces": np.concatenate(forces), "energy": np.concatenate(energy)}
+    return {name: round(1e3 * rmse(error), 2) for name, error in errors.items()}
+
+
+def sampled_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
+    """Return the same of the Monte-Carlo mean and of the weight-scaled pass, and measures of σ of the forces."""
+    found = evaluate(model, frames)
+    report, detection = found.reports()["forces"], found.detection()
+    n_atoms = len(frames[0])  # all frames are of one molecule
+    return {
+        "forces": round(1e3 * rmse(found.error["forces"]), 2),
+        "energy": round(1e3 * found.total_energy_rmse, 2),
+        "forces_weight_scaled": round(1e3 * found.plain_rmse["forces"], 2),
+        "energy_weight_scaled": round(1e3 * n_atoms * found.plain_rmse["energy"], 2),
+        "forces_mean_z2": round(report.z2, 3),
+        "forces_rll_percent": round(report.rll, 1),
+        "forces_miscalibration_area": round(report.miscalibration_area, 4),
+        "auroc_worst_5_percent_of_atoms": round(detection["auroc"], 3),
+    }
 
 
 if __name__ == "__main__":
