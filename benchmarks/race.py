@@ -38,6 +38,7 @@ from forcedrop.metrics import rmse
 from forcedrop.structures import Frame, LabelKeys, read_frames
 from forcedrop.training import TrainConfig, TrainedModel, load_config, load_model, parse_config, train
 from forcedrop.training.calibrate import calibrate
+from forcedrop.training.checkpoint import default_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "race"
@@ -212,7 +213,7 @@ def test(data: Path) -> None:
         model = load_model(path)
         if kind == "dropout":
             held = read_frames(RUNS / "validation.xyz", keys=LabelKeys(energy="REF_energy", forces="REF_forces"))
-            model.calibration = calibrate(model, graphs_of(model, held), model.bank)
+            model.calibration = calibrate(model, graphs_of(model, held), default_samples(model.bank))
         for temperature in ("300", "600"):
             frames = read_frames(data / f"test_{temperature}K.xyz")
             row = sampled_errors(model, frames) if kind == "dropout" else plain_errors(model, frames)

@@ -26,7 +26,8 @@ NONE = {"edge": 0.0, "message": 0.0, "update": 0.0, "readout": 0.0}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "the recipe": {},
     "no dropout": {"dropout": NONE},
-    "no structures without mask": {"dropout": {"plain_share": 0.0}},
+    "a quarter of the structures without mask": {"dropout": {"plain_share": 0.25}},
+    "a bank of 16 masks": {"dropout": {"bank": 16}},
     "Adam instead of Muon": {"optimiser": {"muon": False}},
     "full energy weight from the start": {"loss": {"ramp": 1.0}},
     "cutoff function of power 6": {"model": {"cutoff_power": 6}},

@@ -67,7 +67,7 @@ def flag(
             [eV/Å] or ``energy_per_atom`` [eV].
         threshold: σ in the criterion's unit.
         quantile: instead, the σ below which this share of the calibration frames lies; 0.95 if neither is given.
-        n_samples: K; by default all masks that the model was trained with.
+        n_samples: K; by default 16, or all masks of a smaller bank.
         seed: of the masks; by default those the model was trained with.
 
     Raises:

@@ -40,7 +40,7 @@ class DropoutCalculator(Calculator):
 
     Args:
         model: a path to a model file, or a loaded model.
-        n_samples: K ≥ 2; by default all masks that the model was trained with: 16, unless its training file said otherwise.
+        n_samples: K ≥ 2; by default 16, or all masks that the model was trained with if they are fewer.
         seed: of the masks; by default the model's own, of the bank it was trained with. Masks outside the bank are allowed,
             with a warning.
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.

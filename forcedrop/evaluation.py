@@ -112,7 +112,7 @@ def evaluate(
     Args:
         model: what to judge.
         frames: structures with labels.
-        n_samples: K; by default all masks that the model was trained with.
+        n_samples: K; by default 16, or all masks of a smaller bank.
         seed: of the masks; by default those the model was trained with.
         predictions: from :func:`predict_frames` on these frames, where they exist already.
 

@@ -16,7 +16,9 @@ import forcedrop
 from forcedrop.calibration import Calibration
 from forcedrop.potential import Potential, PotentialConfig
 
-FORMAT = 1
+FORMAT = 2
+SAMPLES = 16
+"""Masks of a prediction where nobody asks for another number."""
 UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
 
 
@@ -54,11 +56,11 @@ class TrainedModel:
         return self.potential.hidden_bias.device
 
     def masks_for(self, n_samples: int | None, seed: int | None) -> tuple[int, int]:
-        """Return the number of samples and the seed to use: all masks of the training (16 if it had no bank) where None.
+        """Return the number of samples and the seed to use: the first 16 masks of the training where None.
 
         Warns (``UserWarning``) about masks that are not among those of the training.
         """
-        n_samples = n_samples if n_samples is not None else self.bank or 16
+        n_samples = n_samples if n_samples is not None else default_samples(self.bank)
         seed = self.bank_seed if seed is None else seed
         if self.bank and (seed != self.bank_seed or n_samples > self.bank):
             warnings.warn(
@@ -67,6 +69,11 @@ class TrainedModel:
                 stacklevel=3,
             )
         return n_samples, seed
+
+
+def default_samples(bank: int) -> int:
+    """Return K where nobody asks for another: 16, or all masks of a smaller bank."""
+    return min(bank or SAMPLES, SAMPLES)
 
 
 def save_model(model: TrainedModel, path: str | Path) -> None:
@@ -97,6 +104,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TrainedM
     values = load_plain(path)
     if not {"format", "config", "weights"} <= set(values):
         raise ValueError(f"{path} is not a forcedrop model (it holds {', '.join(map(str, values))})")
+    if values["format"] < FORMAT:
+        raise ValueError(
+            f"{path} has format {values['format']}, of a network that this forcedrop no longer has: please train it anew"
+        )
     if values["format"] > FORMAT:
         raise ValueError(f"{path} has format {values['format']}, this forcedrop reads up to {FORMAT}: please update")
     potential = Potential(PotentialConfig.from_dict(values["config"]))

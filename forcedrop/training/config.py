@@ -64,11 +64,14 @@ class DropoutSection(_Section):
     message: float = Field(0.0, ge=0, lt=1, description="channels of what is sent to neighbours")
     update: float = Field(0.1, ge=0, lt=1, description="channels of what a layer adds")
     readout: float = Field(0.3, ge=0, lt=1, description="hidden channels of the last readout")
-    bank: int = Field(16, ge=2, description="number of masks: training draws from them, and inference uses the same")
-    bank_seed: int = Field(0, description="seed of the masks; the calculator's default")
-    plain_share: float = Field(
-        0.25, ge=0, lt=1, description="share of structures trained without mask: keeps the plain pass near the mean"
+    bank: int = Field(
+        256,
+        ge=2,
+        description="number of masks: training draws from them, inference uses the first. Fewer than channels, and "
+        "the network learns to be blind to them",
     )
+    bank_seed: int = Field(0, description="seed of the masks; the calculator's default")
+    plain_share: float = Field(0.0, ge=0, lt=1, description="share of structures trained without mask")
 
     @property
     def rates(self) -> dict[str, float]:

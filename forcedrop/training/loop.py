@@ -286,12 +286,13 @@ class Trainer:
         dropout, progress = self.config.dropout, self.progress
         where = ((self.config.seed * 2 + progress.stage) * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
         generator = torch.Generator().manual_seed(where)
-        bank = draw_masks(self.potential, batch, dropout.bank_seed, dropout.bank)
         pick = torch.stack(
             [torch.randperm(dropout.bank, generator=generator)[:samples] for _ in range(batch.n_whole)],
             dim=1,
         )
-        pick = self._moved(pick[:, batch.places])[:, batch.batch]
+        drawn, pick = pick[:, batch.places].unique(return_inverse=True)
+        bank = draw_masks(self.potential, batch, dropout.bank_seed, drawn.tolist())
+        pick = self._moved(pick)[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
         edges = {site.name for site in self.potential.sites if not site.n_channels}
         masks = {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}

@@ -23,7 +23,14 @@ from forcedrop.graph import AtomicGraph, batch_graphs, pair_vectors
 from forcedrop.potential import DropoutRates, Potential, PotentialConfig
 from forcedrop.structures import Frame
 from forcedrop.training.calibrate import calibrate
-from forcedrop.training.checkpoint import TrainedModel, load_model, load_plain, save_atomically, save_model
+from forcedrop.training.checkpoint import (
+    TrainedModel,
+    default_samples,
+    load_model,
+    load_plain,
+    save_atomically,
+    save_model,
+)
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
@@ -195,7 +202,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     if data.split.calibration:
         held = build_graphs(data.split.calibration, config.model.cutoff, model.dtype, "calibration lists")
         try:
-            model.calibration = calibrate(model, held, config.dropout.bank)
+            model.calibration = calibrate(model, held, default_samples(model.bank))
         except ValueError as error:
             raise ValueError(
                 f"{config.output / MODEL} was written, but could not be calibrated: {error}. Spreads of 0 mean that the "

@@ -12,6 +12,7 @@ from forcedrop.derive import Derived, derive
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.potential import Potential
 from forcedrop.sampling import predict
+from forcedrop.training.checkpoint import default_samples
 from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import Targets, likelihood_loss, plain_loss, targets
 from forcedrop.training.parallel import World
@@ -49,7 +50,7 @@ def validate(
         graphs: the structures.
         config: the training file.
         scale: unit of the loss [eV/Å].
-        likelihood: whether the loss is that of stage two: all masks of the bank, and z².
+        likelihood: whether the loss is that of stage two: as many masks as a prediction takes, and z².
         masked: whether stage one trains masks; then the mean of the first few of them is measured.
         world: the processes that share the work.
     """
@@ -62,7 +63,7 @@ def validate(
         target = targets(batch)
         z2 = sums.new_zeros(())
         if likelihood:
-            prediction = predict(potential, batch, n_samples=dropout.bank, seed=dropout.bank_seed)
+            prediction = predict(potential, batch, n_samples=default_samples(dropout.bank), seed=dropout.bank_seed)
             mean = prediction.mean
             loss = likelihood_loss(prediction.samples, target, config.loss, scale, mean_weight=0.0, beta=0.0)
             # a proper score; what is minimised, weighted, is none

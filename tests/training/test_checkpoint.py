@@ -33,6 +33,9 @@ def test_what_is_no_model(tmp_path) -> None:
         load_model(tmp_path / "other.pt")
     save_model(TrainedModel(make_potential()), tmp_path / "new.pt")
     values = torch.load(tmp_path / "new.pt", weights_only=True)
+    torch.save({**values, "format": 1}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"old\.pt has format 1.*train it anew"):
+        load_model(tmp_path / "old.pt")
     torch.save({**values, "format": 99}, tmp_path / "new.pt")
     with pytest.raises(ValueError, match=r"format 99.*please update"):
         load_model(tmp_path / "new.pt")
@@ -43,6 +46,6 @@ def test_no_code_is_run_on_loading(tmp_path) -> None:
         def __reduce__(self):
             return (print, ("run!",))
 
-    torch.save({"format": 1, "config": Evil(), "weights": {}}, tmp_path / "evil.pt")
+    torch.save({"format": 2, "config": Evil(), "weights": {}}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="not a forcedrop model"):
         load_model(tmp_path / "evil.pt")
