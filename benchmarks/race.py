@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import re
 import subprocess
@@ -163,6 +164,7 @@ def collect() -> None:
             reference = points.get("mace", {}).get(minutes)
             if row and reference:
                 ratios.setdefault(kind, {})[minutes] = round(row["forces"] / reference["forces"], 3)
+    own = [kind for kind in curves if (RUNS / kind / "model.pt").exists()]
     print("validation force / energy RMSE [meV/Å / meV] after minutes: " + ", ".join(map(str, MINUTES)))
     for kind, found in points.items():
         print(f"{kind:8}", "  ".join(f"{v['forces']:.1f} / {v['energy']:.1f}" if v else "–" for v in found.values()))
@@ -187,6 +189,9 @@ def collect() -> None:
     figure.savefig(RESULTS / "race.png", dpi=130)
     results = read_results("race") | {
         "environment": environment(SEED),
+        "dropout": {
+            kind: json.loads(load_model(RUNS / kind / "model.pt").provenance["settings"])["dropout"] for kind in own
+        },
         "split": "450 frames to train on, 50 to validate, seed 0",
         "validation": points,
         "force_rmse_over_mace": ratios,
