@@ -9,6 +9,7 @@ Every variant runs the same number of epochs of the same schedule. Writes ``benc
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,6 @@ def variant(changes: dict[str, dict[str, Any]], data: Path, epochs: int) -> Trai
 
 def run(config: TrainConfig) -> dict[str, float]:
     """Train and return errors [meV/Å, meV] and seconds of training, validations not counted."""
-    import time
-
     trainer = build_trainer(config, prepare_data(config))
     seconds = 0.0
     for epoch in range(config.stage_one.epochs):

@@ -222,13 +222,12 @@ class Message(nn.Module):
         along = (sent_v.unflatten(2, (3, c)) * pairs.unit[..., None]).sum(2)
         radial_s, radial_v = (pairs.radial @ self.radial).unflatten(2, (2, self.l_max + 1, c)).unbind(2)
         carried = (sent_s[:, :, None] * radial_s + along[:, :, None] * radial_v).unbind(2)
-        degrees = pairs.sphere.split([2 * l + 1 for l in range(self.l_max + 1)], dim=1)  # noqa: E741
-        a = [y @ x for y, x in zip(degrees, carried, strict=True)]
+        a = [y @ x for y, x in zip(by_degree(pairs.sphere, dim=1), carried, strict=True)]
         plain = (pairs.radial.transpose(1, 2) @ sent_v).unflatten(2, (3, c))
         a[1] = a[1] + (plain * self.radial_plain[:, None]).sum(1)
         return self.norm(torch.cat(a, dim=1).transpose(0, 1))
 
 
-def by_degree(x: Tensor) -> list[Tensor]:
-    """Split the components (S, …) into one tensor (2l+1, …) for each l."""
-    return list(x.split([2 * l + 1 for l in range(math.isqrt(x.shape[0]))]))  # noqa: E741
+def by_degree(x: Tensor, dim: int = 0) -> list[Tensor]:
+    """Split the S components along ``dim`` into one tensor of 2l+1 components for each l."""
+    return list(x.split([2 * l + 1 for l in range(math.isqrt(x.shape[dim]))], dim))  # noqa: E741

@@ -23,9 +23,9 @@ from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader, pair_vector
 from forcedrop.potential import GraphInputs, Potential
 from forcedrop.sampling import draw_masks
 from forcedrop.training.compiled import CompiledStep
-from forcedrop.training.config import OptimiserSection, TrainConfig
+from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import targets
-from forcedrop.training.muon import Muon, is_matrix
+from forcedrop.training.muon import make_optimisers
 from forcedrop.training.parallel import World
 from forcedrop.training.step import Objective, Step, StepInputs, eager_step
 from forcedrop.training.validate import Errors, validate
@@ -364,23 +364,6 @@ class Trainer:
             optimiser.load_state_dict(values)
         self.best = {name: value.to(self.device) for name, value in state["best"].items()}
         self._running = list(state["running"])
-
-
-def make_optimisers(potential: Potential, settings: OptimiserSection) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of all weights: Adam, and Muon for the maps between channels if ``settings`` say so."""
-    matrices: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
-    for name, parameter in potential.named_parameters():
-        (matrices if settings.muon and is_matrix(name, parameter) else rest).append(parameter)
-    decay, fused = settings.weight_decay, potential.hidden_bias.dtype == torch.float32
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=settings.adam_learning_rate, amsgrad=True, weight_decay=decay, fused=fused)
-    ]
-    if matrices:
-        made.append(Muon(matrices, lr=settings.learning_rate, weight_decay=decay))
-    for group in (g for optimiser in made for g in optimiser.param_groups):
-        group["initial_lr"] = group["lr"]
-    return made
 
 
 def _label_counts(graphs: Sequence[AtomicGraph]) -> Tensor:

@@ -117,9 +117,10 @@ def build_potential(
     generator = torch.Generator().manual_seed(config.seed)
     pick = torch.randperm(len(graphs), generator=generator)[:64].tolist()
     batch = batch_graphs([graphs[i] for i in pick])
-    potential.measure_norms(batch, pair_vectors(batch, 2 * shape.cutoff))
+    vec = pair_vectors(batch, 2 * shape.cutoff)
+    potential.measure_norms(batch, vec)
     with torch.no_grad():
-        local = potential(pair_vectors(batch, 2 * shape.cutoff), potential.inputs(batch)).double()
+        local = potential(vec, potential.inputs(batch)).double()
     already = local.new_zeros(batch.num_graphs).index_add(0, batch.batch, local)
     frames = [data.split.train[i] for i in pick]
     bias = residual_bias(frames, data.elements, data.isolated, already.numpy())
