@@ -67,12 +67,10 @@ class PairGeometry(NamedTuple):
     Attributes:
         sphere: Y_lm of the directions, shape (N, S, M).
         radial: radial functions of the distances, shape (N, M, n).
-        unit: directions, shape (N, M, 3), components in the order of Y_1m, which is y, z, x; so are all vector features.
     """
 
     sphere: Tensor
     radial: Tensor
-    unit: Tensor
 
 
 class PairFunctions(nn.Module):
@@ -90,7 +88,6 @@ class PairFunctions(nn.Module):
         return PairGeometry(
             sphere=spherical_harmonics(unit, self.l_max).transpose(1, 2).contiguous(),
             radial=self.radial(r),
-            unit=unit[..., [1, 2, 0]],
         )
 
 
@@ -165,18 +162,18 @@ class CentredMask(nn.Module):
 
 
 class Update(nn.Module):
-    """From three fields per channel to the branch that is added to an atom's scalars and vectors."""
+    """From three fields per channel to the branch that is added to an atom's features."""
 
-    def __init__(self, n_species: int, n_channels: int, l_max: int, vectors: bool) -> None:
+    def __init__(self, n_species: int, n_channels: int, l_max: int, l_out: int) -> None:
         super().__init__()
-        self.l_out = 1 if vectors else 0
-        self.products = SphereProducts(l_max, self.l_out)
-        self.norms = nn.ModuleList(SphereNorm(self.l_out) for _ in range(3))
+        self.l_out = l_out
+        self.products = SphereProducts(l_max, l_out)
+        self.norms = nn.ModuleList(SphereNorm(l_out) for _ in range(3))
         self.species = SpeciesWeights(n_species, 3 * n_channels)
-        self.mix = TensorLinear([3 * n_channels] * (self.l_out + 1), n_channels)
+        self.mix = TensorLinear([3 * n_channels] * (l_out + 1), n_channels)
 
     def forward(self, fields: Tensor, one_hot: Tensor) -> Tensor:
-        """Return the branch, shape (1 or 4, N, C): scalars, and with ``vectors`` also vectors, from fields (S, N, 3C)."""
+        """Return the branch, shape ((l_out+1)², N, C), from fields (S, N, 3C)."""
         one, two, three = fields.unflatten(2, (3, -1)).unbind(2)
         second, third = self.products(one, two, three)
         first = one[: (self.l_out + 1) ** 2]
@@ -185,47 +182,59 @@ class Update(nn.Module):
 
 
 class Message(nn.Module):
-    r"""Scalars and vectors of the neighbours, carried to the centre by R(r) Y_lm(r̂).
+    r"""Features of the neighbours, carried to the centre by R(r) Y_lm(r̂).
 
-    :math:`A_{lm} = \sum_j Y_{lm}(\hat r_{ij}) (R_l(r_{ij})\, s_j + R'_l(r_{ij})\, v_j·\hat r_{ij})`, and for l = 1 also
-    :math:`\sum_j R''(r_{ij})\, v_j`; every channel has radial functions of its own, R = Σ_n W_n B_n.
+    What neighbour j sends are tensors :math:`x^{l'}_{m'}`, l' ≤ L. Along the pair each is a number,
+    :math:`a^{l'} = \sum_{m'} x^{l'}_{m'} Y_{l'm'}(\hat r_{ij}) / \sqrt{2l'+1}`, and
+    :math:`A_{lm} = \sum_j Y_{lm}(\hat r_{ij}) \sum_{l'} R_{l'l}(r_{ij})\, a^{l'}_j`, for 1 ≤ l ≤ L also
+    :math:`\sum_j R'_l(r_{ij})\, x^l_{m,j}`; every channel has radial functions of its own, R = Σ_n W_n B_n.
     """
 
-    def __init__(self, n_channels: int, n_radial: int, l_max: int) -> None:
+    index: Tensor
+
+    def __init__(self, n_channels: int, n_radial: int, l_max: int, l_in: int) -> None:
         super().__init__()
-        self.n_channels, self.l_max = n_channels, l_max
-        self.scalars = Linear(n_channels, n_channels)
-        self.vectors = Linear(n_channels, n_channels)
-        self.radial = nn.Parameter(torch.randn(n_radial, 2 * (l_max + 1) * n_channels) / math.sqrt(2 * n_radial))
-        self.radial_plain = nn.Parameter(torch.randn(n_radial, n_channels) / math.sqrt(n_radial))
+        self.l_max, self.l_in = l_max, l_in
+        self.send = TensorLinear([n_channels] * (l_in + 1), n_channels)
+        self.radial = nn.Parameter(
+            torch.randn(n_radial, (l_in + 1) * (l_max + 1) * n_channels) / math.sqrt((l_in + 1) * n_radial)
+        )
+        self.radial_plain = nn.Parameter(torch.randn(n_radial, l_in * n_channels) / math.sqrt(n_radial))
         self.norm = SphereNorm(l_max)
+        self.register_buffer("index", degree_index(l_in), persistent=False)
 
-    def forward(
-        self,
-        h: Tensor,
-        v: Tensor,
-        pairs: PairGeometry,
-        nbr: Tensor,
-        reverse: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Return A, shape (S, N, C), from scalars (N, C), vectors (3, N, C) and the geometry of the pairs.
+    def forward(self, x: Tensor, pairs: PairGeometry, nbr: Tensor, reverse: Tensor, mask: Tensor | None) -> Tensor:
+        """Return A, shape (S, N, C), from features ((L+1)², N, C) and the geometry of the pairs.
 
-        ``mask`` (…, 2C), if given, multiplies what is sent: a channel of scalars or of whole vectors each.
+        ``mask`` (…, (L+1)C), if given, multiplies what is sent: a channel of one l each.
         """
-        c = self.n_channels
-        s, v = self.scalars(h), self.vectors(v)
+        c = x.shape[-1]
+        x = self.send(by_degree(x))
         if mask is not None:
-            s, v = s * mask[..., :c], v * mask[..., c:]
-        sent = gather_neighbours(torch.cat([s[None], v]).permute(1, 0, 2).flatten(1), nbr, reverse)
-        sent_s, sent_v = sent.split([c, 3 * c], dim=2)
-        along = (sent_v.unflatten(2, (3, c)) * pairs.unit[..., None]).sum(2)
-        radial_s, radial_v = (pairs.radial @ self.radial).unflatten(2, (2, self.l_max + 1, c)).unbind(2)
-        carried = (sent_s[:, :, None] * radial_s + along[:, :, None] * radial_v).unbind(2)
-        a = [y @ x for y, x in zip(by_degree(pairs.sphere, dim=1), carried, strict=True)]
-        plain = (pairs.radial.transpose(1, 2) @ sent_v).unflatten(2, (3, c))
-        a[1] = a[1] + (plain * self.radial_plain[:, None]).sum(1)
+            x = x * spread_mask(mask, self.index, c)
+        sent = gather_neighbours(x.transpose(0, 1).flatten(1), nbr, reverse)
+        along = self._along(sent.unflatten(2, (-1, c)), pairs)
+        radial = (pairs.radial @ self.radial).unflatten(2, (self.l_in + 1, self.l_max + 1, c))
+        carried = (along[:, :, :, None] * radial).sum(2).unbind(2)
+        a = [y @ f for y, f in zip(by_degree(pairs.sphere, dim=1), carried, strict=True)]
+        plain = (pairs.radial.transpose(1, 2) @ sent[..., c:]).unflatten(2, (-1, c))
+        weights = self.radial_plain.unflatten(1, (self.l_in, c))[:, self.index[1:] - 1]
+        sizes = [2 * l + 1 for l in range(1, self.l_in + 1)]  # noqa: E741
+        for l, tensor in enumerate((plain * weights).sum(1).split(sizes, dim=1), start=1):  # noqa: E741
+            a[l] = a[l] + tensor
         return self.norm(torch.cat(a, dim=1).transpose(0, 1))
+
+    def _along(self, sent: Tensor, pairs: PairGeometry) -> Tensor:
+        """Return each l's component along the pair, shape (N, M, L+1, C), from what is sent, (N, M, (L+1)², C)."""
+        direction = pairs.sphere[:, : len(self.index)] * (2 * self.index + 1).rsqrt()[:, None]
+        parts = by_degree(sent * direction.transpose(1, 2)[..., None], dim=2)
+        return torch.stack([part.sum(2) for part in parts], dim=2)
+
+
+def spread_mask(mask: Tensor, index: Tensor, n_channels: int) -> Tensor:
+    """Return a mask (…, (L+1)C) of one bit per channel and l for all components, shape ((L+1)², 1 or N, C)."""
+    by_l = mask.unflatten(-1, (-1, n_channels)).movedim(-2, 0)
+    return (by_l if mask.dim() > 1 else by_l[:, None])[index]
 
 
 def by_degree(x: Tensor, dim: int = 0) -> list[Tensor]:

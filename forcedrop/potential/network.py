@@ -3,7 +3,7 @@ r"""The potential: products on the sphere, with dropout sites.
 A graph and (optionally) masks go in, an energy per atom comes out. Nothing here draws a random number or differentiates.
 
 Layer 0 sums B_n(r) Y_lm(r̂) over the neighbours of each element; the weights act on that small array, per atom. Later layers
-carry scalars and vectors of the neighbours the same way. In each layer three fields per channel are multiplied pointwise on a
+carry scalars, vectors and tensors (l ≤ 2) of the neighbours the same way. In each layer three fields per channel are multiplied pointwise on a
 grid of the sphere and integrated: invariants of body order up to 4 per layer, exactly equivariant (see ``layers.py``).
 
 Dropout sites (``Potential.sites``): ``layers.t.edges`` one bit per undirected pair; ``layers.t.message`` and
@@ -32,6 +32,7 @@ from forcedrop.potential.layers import (
     TensorLinear,
     Update,
     by_degree,
+    spread_mask,
 )
 from forcedrop.potential.radial import BesselBasis
 from forcedrop.potential.zbl import ZBLRepulsion
@@ -54,9 +55,10 @@ class PotentialConfig:
     Attributes:
         elements: atomic numbers it knows, ascending.
         cutoff: [Å].
-        n_channels: channels C of scalars, vectors and fields.
+        n_channels: channels C of features and fields.
         n_layers: message-passing layers.
         l_max: highest l of the fields on the sphere.
+        l_message: highest l of an atom's features, which it sends to its neighbours; ``l_max`` if that is lower.
         n_radial: Bessel functions.
         cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
         n_hidden: hidden channels of the last readout.
@@ -69,11 +71,17 @@ class PotentialConfig:
     n_channels: int = 64
     n_layers: int = 2
     l_max: int = 3
+    l_message: int = 2
     n_radial: int = 6
     cutoff_power: int = 6
     n_hidden: int = 64
     zbl: bool = False
     dropout: DropoutRates = field(default_factory=DropoutRates)
+
+    @property
+    def l_features(self) -> int:
+        """Highest l of an atom's features."""
+        return min(self.l_message, self.l_max)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, for a checkpoint."""
@@ -113,17 +121,16 @@ class Layer(nn.Module):
 
     def __init__(self, config: PotentialConfig, first: bool, last: bool) -> None:
         super().__init__()
-        c, n_species = config.n_channels, len(config.elements)
-        self.first = first
+        c, n_species, l_in = config.n_channels, len(config.elements), config.l_features
         if first:
             self.norm = SphereNorm(config.l_max)
             self.fields = TensorLinear([config.n_radial * n_species] * (config.l_max + 1), 3 * c)
         else:
-            self.message = Message(c, config.n_radial, config.l_max)
-            self.fields = TensorLinear([2 * c] * 2 + [c] * (config.l_max - 1), 3 * c)
+            self.message = Message(c, config.n_radial, config.l_max, l_in)
+            self.fields = TensorLinear([2 * c] * (l_in + 1) + [c] * (config.l_max - l_in), 3 * c)
             self.skip = Linear(c, c)
             self.mask = CentredMask(n_species, c)
-        self.update = Update(n_species, c, config.l_max, vectors=not last)
+        self.update = Update(n_species, c, config.l_max, 0 if last else l_in)
 
 
 class Potential(nn.Module):
@@ -183,9 +190,9 @@ class Potential(nn.Module):
         for t in range(self.config.n_layers):
             found.append(Site(f"layers.{t}.edges", rates.edge, 0))
             if t > 0:
-                found.append(Site(f"layers.{t}.message", rates.message, 2 * c))
-                vectors = 0 if t == self.config.n_layers - 1 else c
-                found.append(Site(f"layers.{t}.update", rates.update, c + vectors))
+                every = c * (self.config.l_features + 1)
+                found.append(Site(f"layers.{t}.message", rates.message, every))
+                found.append(Site(f"layers.{t}.update", rates.update, c if t == self.config.n_layers - 1 else every))
         found.append(Site("readout.hidden", rates.readout, self.config.n_hidden))
         return tuple(site for site in found if site.rate > 0)
 
@@ -221,22 +228,18 @@ class Potential(nn.Module):
         masks = masks or {}
         one_hot = nn.functional.one_hot(graph.species, len(self.config.elements)).to(vec.dtype)
         pairs = self.pairs(vec)
-        h = v = vec.new_zeros(())
-        energy = vec.new_zeros(())
+        x = energy = vec.new_zeros(())
         layers: Any = self.layers
         for t, layer in enumerate(layers):
             edges = masks.get(f"layers.{t}.edges")
             carried = pairs if edges is None else pairs._replace(radial=pairs.radial * edges[..., None])
             if t == 0:
-                fields = self._element_fields(layer, carried, one_hot, graph)
-                branch = layer.update(fields, one_hot)
-                h, v = branch[0], branch[1:]
+                x = layer.update(self._element_fields(layer, carried, one_hot, graph), one_hot)
             else:
-                fields = self._message_fields(layer, h, v, carried, graph, masks.get(f"layers.{t}.message"))
-                branch = layer.update(fields, one_hot)
-                h, v = self._add(layer, h, v, branch, one_hot, masks.get(f"layers.{t}.update"))
-            energy = energy + self.readouts[t](h)
-        hidden = nn.functional.silu(self.hidden(h) + self.hidden_bias)
+                fields = self._message_fields(layer, x, carried, graph, masks.get(f"layers.{t}.message"))
+                x = self._add(layer, x, layer.update(fields, one_hot), one_hot, masks.get(f"layers.{t}.update"))
+            energy = energy + self.readouts[t](x[0])
+        hidden = nn.functional.silu(self.hidden(x[0]) + self.hidden_bias)
         hidden = self.mask(hidden, one_hot, masks.get("readout.hidden"))
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0] * self.energy_scale
         if self.zbl is not None:
@@ -251,25 +254,23 @@ class Potential(nn.Module):
         return layer.fields(by_degree(a))
 
     @staticmethod
-    def _message_fields(
-        layer: Any, h: Tensor, v: Tensor, pairs: PairGeometry, graph: GraphInputs, mask: Tensor | None
-    ) -> Tensor:
-        """Return the fields (S, N, 3C) from what the neighbours send, joined by the atom's own scalars and vectors."""
-        parts = by_degree(layer.message(h, v, pairs, graph.nbr, graph.reverse, mask))
-        own = (h[None], v)
-        return layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[2:])
+    def _message_fields(layer: Any, x: Tensor, pairs: PairGeometry, graph: GraphInputs, mask: Tensor | None) -> Tensor:
+        """Return the fields (S, N, 3C) from what the neighbours send, joined by the atom's own features."""
+        parts = by_degree(layer.message(x, pairs, graph.nbr, graph.reverse, mask))
+        own = by_degree(x)
+        return layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[len(own) :])
 
     @staticmethod
-    def _add(
-        layer: Any, h: Tensor, v: Tensor, branch: Tensor, one_hot: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return scalars (N, C) and vectors (3, N, C) with the branch added; in the last layer vectors stay as they are."""
-        scalars, vectors = branch[0], branch[1:]
-        c = scalars.shape[-1]
-        h = layer.skip(h) + layer.mask(scalars, one_hot, None if mask is None else mask[..., :c])
-        if len(vectors):
-            v = v + (vectors if mask is None else vectors * mask[..., c:])
-        return h, v
+    def _add(layer: Any, x: Tensor, branch: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the features ((L+1)², N, C) with the branch added; in the last layer, whose branch has scalars alone, these."""
+        c = branch.shape[-1]
+        scalars, tensors = branch[0], branch[1:]
+        added = layer.skip(x[0]) + layer.mask(scalars, one_hot, None if mask is None else mask[..., :c])
+        if not len(tensors):
+            return added[None]
+        if mask is not None:
+            tensors = tensors * spread_mask(mask, layer.message.index, c)[1:]
+        return torch.cat([added[None], x[1:] + tensors])
 
     def measure_norms(self, batch: Batch, vec: Tensor) -> None:
         """Measure and store every root mean square on one batch of data, layer after layer, in one pass."""

@@ -16,7 +16,7 @@ import forcedrop
 from forcedrop.calibration import Calibration
 from forcedrop.potential import Potential, PotentialConfig
 
-FORMAT = 2
+FORMAT = 3
 SAMPLES = 16
 """Masks of a prediction where nobody asks for another number."""
 UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
