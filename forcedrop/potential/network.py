@@ -3,8 +3,9 @@ r"""The potential: products on the sphere, with dropout sites.
 A graph and (optionally) masks go in, an energy per atom comes out. Nothing here draws a random number or differentiates.
 
 Layer 0 sums B_n(r) Y_lm(r̂) over the neighbours of each element; the weights act on that small array, per atom. Later layers
-carry scalars, vectors and tensors (l ≤ 2) of the neighbours the same way. In each layer three fields per channel are multiplied pointwise on a
-grid of the sphere and integrated: invariants of body order up to 4 per layer, exactly equivariant (see ``layers.py``).
+carry scalars, vectors and tensors (l ≤ 2) of the neighbours the same way. In each layer three fields per channel are multiplied
+pointwise on a grid of the sphere and integrated: invariants of body order up to 4 per layer, exactly equivariant (see
+``layers.py``).
 
 Dropout sites (``Potential.sites``): ``layers.t.edges`` one bit per undirected pair; ``layers.t.message`` and
 ``layers.t.update`` one bit per channel of what a later layer sends and adds, ``readout.hidden`` one bit per hidden channel. A

@@ -72,12 +72,11 @@ class DropoutSection(_Section):
         "the network learns to be blind to them",
     )
     bank_seed: int = Field(0, description="seed of the masks; the calculator's default")
-    plain_share: float = Field(0.0, ge=0, lt=1, description="share of structures trained without mask")
 
     @property
     def rates(self) -> dict[str, float]:
         """The rates by kind of site."""
-        return self.model_dump(exclude={"bank", "bank_seed", "plain_share"})
+        return self.model_dump(exclude={"bank", "bank_seed"})
 
 
 class LossSection(_Section):

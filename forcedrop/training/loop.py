@@ -279,10 +279,7 @@ class Trainer:
         )
 
     def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
-        """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms.
-
-        In stage one a share of the structures has none (a mask of ones).
-        """
+        """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms."""
         dropout, progress = self.config.dropout, self.progress
         where = ((self.config.seed * 2 + progress.stage) * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
         generator = torch.Generator().manual_seed(where)
@@ -295,12 +292,7 @@ class Trainer:
         pick = self._moved(pick)[:, batch.batch]
         atoms = torch.arange(batch.num_nodes, device=self.device)
         edges = {site.name for site in self.potential.sites if not site.n_channels}
-        masks = {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}
-        if progress.stage == 0:
-            plain = torch.rand(batch.n_whole, generator=generator) < dropout.plain_share
-            without = self._moved(plain[batch.places])[batch.batch][:, None]
-            masks = {name: torch.where(without, torch.ones_like(mask), mask) for name, mask in masks.items()}
-        return masks
+        return {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}
 
     def _moved(self, values: Tensor) -> Tensor:
         """Return the values on the device, without waiting for it."""

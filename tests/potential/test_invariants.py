@@ -35,6 +35,11 @@ def test_equivariance_of_every_sample(structure: Atoms) -> None:
     assert_equivariant(evaluator(make_potential(rates=FEATURES_ONLY)), structure)
 
 
+@pytest.mark.parametrize("shape", [{"l_message": 1}, {"l_message": 3}, {"n_layers": 3}, {"l_max": 1}], ids=str)
+def test_equivariance_of_other_shapes(shape: dict[str, int]) -> None:
+    assert_equivariant(evaluator(make_potential(rates=FEATURES_ONLY, **shape)), ethanol())
+
+
 def test_rotation_with_edge_dropout(structure: Atoms) -> None:
     potential = make_potential()
     energy, forces = evaluator(potential)(structure)

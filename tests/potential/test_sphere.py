@@ -40,7 +40,7 @@ def test_quadrature_averages_monomials(degree: int) -> None:
     assert float((weights * points[:, 0] ** 2).sum()) == pytest.approx(1 / 3, abs=1e-13)
 
 
-@pytest.mark.parametrize(("l_max", "l_out"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize(("l_max", "l_out"), [(2, 0), (3, 1), (3, 2)])
 def test_products_against_a_finer_rule(l_max: int, l_out: int) -> None:
     """The products are polynomials, so a rule of much higher degree must give the same integrals."""
     torch.set_default_dtype(torch.float64)

@@ -26,7 +26,7 @@ def first_batch(made: Trainer):
 
 
 def test_masks_of_a_step_come_from_the_bank_one_function_per_structure() -> None:
-    made = trainer(dropout={"plain_share": 0.0})
+    made = trainer()
     batch = first_batch(made)
     masks = made._training_masks(batch, 3)
     bank = draw_masks(made.potential, batch, 0, 4)
@@ -46,22 +46,6 @@ def test_masks_of_a_step_come_from_the_bank_one_function_per_structure() -> None
     other = made._training_masks(batch, 3)
     assert all(torch.equal(masks[name], again[name]) for name in masks)
     assert any(not torch.equal(masks[name], other[name]) for name in masks)
-
-
-def test_a_share_of_the_structures_is_trained_without_any_mask_in_stage_one_alone() -> None:
-    made = trainer(dropout={"plain_share": 0.4}, batch_size=9)
-    batch, plain, seen = first_batch(made), 0, 0
-    for step in range(60):
-        made.progress.step = step
-        masks = made._training_masks(batch, 1)
-        ones = torch.stack([(mask[0] == 1).all(1) for mask in masks.values()])
-        without = ones.all(0)
-        assert all((without[batch.batch == b].unique().numel() == 1) for b in range(batch.num_graphs))
-        plain, seen = plain + int(without[batch.ptr[:-1]].sum()), seen + batch.num_graphs
-    assert abs(plain / seen - 0.4) < 5 * (0.24 / seen) ** 0.5
-    made.progress.stage = 1
-    masks = made._training_masks(batch, 3)
-    assert all(not (mask == 1).all(-1).any() for mask in masks.values())
 
 
 @pytest.mark.parametrize("dropout", [True, False])
