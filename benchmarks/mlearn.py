@@ -1,6 +1,7 @@
 """Crystals of the mlearn set (Zuo et al. 2020): train on its training file, errors on its test file, for Cu, Li and Si.
 
     python benchmarks/mlearn.py train Cu      # examples/configs/copper.yaml, also for Li; silicon.yaml for Si
+    python benchmarks/mlearn.py labels Cu     # do the labelled stresses fit the labelled energies?
     python benchmarks/mlearn.py test Cu       # once, at the very end: adds to results/mlearn.json
 
 Mean absolute errors of energy [meV/atom] and force components [eV/Å], of the Monte-Carlo mean and of the plain (weight-scaled)
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import units
 from common import environment, read_results, write_results
 
 from forcedrop.evaluation import predict_frames
@@ -21,12 +23,14 @@ from forcedrop.structures import read_frames
 from forcedrop.training import TrainConfig, load_config, load_model, parse_config, train
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES: dict[str, tuple[str, dict[str, float]]] = {
+RECIPES: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
     "Cu": ("copper.yaml", {}),
-    "Li": ("copper.yaml", {"cutoff": 5.0}),
+    "Li": ("copper.yaml", {"model": {"cutoff": 5.0}, "loss": {"stress": 0.1}}),
     "Si": ("silicon.yaml", {}),
 }
-"""Training file, and what of its model differs."""
+"""Training file, and what differs."""
+PERFECT, VACUUM = 0.06, 22.5
+"""Largest force RMS [eV/Å] of a perfect crystal, and largest volume per atom [Å³] of one without vacuum."""
 PUBLISHED = {
     "Cu": {"GAP": (0.46, 0.01), "MTP": (0.41, 0.01)},
     "Li": {"GAP": (0.49, 0.01), "MTP": (0.49, 0.01)},
@@ -38,24 +42,55 @@ PUBLISHED = {
 def main() -> None:
     """Train or test one element."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "test"))
+    parser.add_argument("what", choices=("train", "labels", "test"))
     parser.add_argument("element", choices=list(RECIPES))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "mlearn")
     arguments = parser.parse_args()
     config = recipe(arguments.element, arguments.data)
     if arguments.what == "train":
         train(config, resume=(config.output / "last.pt").exists())
+    elif arguments.what == "labels":
+        labels(arguments.element, arguments.data)
     else:
         test(arguments.element, config, arguments.data)
 
 
 def recipe(element: str, data: Path) -> TrainConfig:
     """Return the shipped recipe with the element's own training file."""
-    file, model = RECIPES[element]
+    file, changes = RECIPES[element]
     values = load_config(ROOT / "examples" / "configs" / file).model_dump(mode="json", exclude_unset=True)
-    values["model"] |= model
+    for section, change in changes.items():
+        values[section] = values.get(section, {}) | change
     values["data"]["train"] = [str(data / f"{element}_train.xyz")]
     return parse_config({**values, "output": str(ROOT / "runs" / "mlearn" / element)})
+
+
+def labels(element: str, data: Path) -> None:
+    """Compare dE/dε of perfect crystals stretched along one axis with their stress, and add both to the results.
+
+    A polynomial through the energies is differentiated at ε = 0, where another goes through the stresses. A difference is Pulay
+    stress: with it, no potential can have both right.
+    """
+    frames = [f for f in read_frames(data / f"{element}_train.xyz") if f.forces is not None and f.stress is not None]
+    still = [f for f in frames if np.sqrt(np.mean(f.forces**2)) < PERFECT and f.volume / len(f) < VACUUM]
+    size = max({len(f) for f in still}, key=lambda n: sum(len(f) == n for f in still))
+    still = [f for f in still if len(f) == size]
+    lengths = np.array([np.linalg.norm(f.cell, axis=1) for f in still])
+    strain = lengths / np.median(lengths, axis=0) - 1
+    straight = np.array([np.abs(f.cell @ f.cell.T - np.diag(np.diag(f.cell @ f.cell.T))).max() < 1e-4 for f in still])
+    found = []
+    for axis in range(3):
+        chosen = straight & (np.abs(np.delete(strain, axis, axis=1)).max(axis=1) < 1e-3)
+        x = strain[chosen, axis]
+        degree = min(5, len(x) // 2)
+        energy = np.polyfit(x, [f.energy for f, c in zip(still, chosen, strict=True) if c], degree)
+        stress = np.polyfit(x, [f.stress[axis] for f, c in zip(still, chosen, strict=True) if c], degree - 1)
+        volume = float(np.prod(np.median(lengths, axis=0)))
+        found.append((energy[-2] / volume / units.GPa, stress[-1] / units.GPa))
+    row = dict(zip(("from_energies_GPa", "labelled_GPa"), np.round(np.mean(found, axis=0), 2).tolist(), strict=True))
+    print(element, row)
+    results = read_results("mlearn")
+    write_results("mlearn", {**results, "stress_at_rest": results.get("stress_at_rest", {}) | {element: row}})
 
 
 def test(element: str, config: TrainConfig, data: Path) -> None:
