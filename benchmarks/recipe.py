@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import environment, read_results, write_results
-from race import ROOT, race_config
+from race import DROPOUT, ROOT, race_config
 
 from forcedrop.derive import derive
 from forcedrop.graph import batch_graphs
@@ -23,11 +23,10 @@ from forcedrop.training import TrainConfig, parse_config
 from forcedrop.training.data import prepare_data
 from forcedrop.training.run import build_trainer
 
-NONE = {"edge": 0.0, "message": 0.0, "update": 0.0, "readout": 0.0}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "the recipe": {},
-    "no dropout": {"dropout": NONE},
-    "a bank of 16 masks": {"dropout": {"bank": 16}},
+    "dropout": {"dropout": DROPOUT},
+    "dropout, a bank of 16 masks": {"dropout": DROPOUT | {"bank": 16}},
     "Adam instead of Muon": {"optimiser": {"muon": False}},
     "full energy weight from the start": {"loss": {"ramp": 1.0}},
     "cutoff function of power 6": {"model": {"cutoff_power": 6}},
@@ -59,7 +58,7 @@ def main() -> None:
 
 def variant(changes: dict[str, dict[str, Any]], data: Path, epochs: int) -> TrainConfig:
     """Return the shipped recipe on the race's split with one thing changed."""
-    values = race_config("dropout", data).model_dump(mode="json", exclude_unset=True)
+    values = race_config("plain", data).model_dump(mode="json", exclude_unset=True)
     for section, change in changes.items():
         if section == "top":
             values |= change

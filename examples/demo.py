@@ -56,8 +56,8 @@ def trained() -> tuple[TrainedModel, list[Section]]:
     model = load_model(OUT / "model.pt") if (OUT / "model.pt").exists() else train(config, resume=True)
     about = describe_frames(read_frames(DATA / "ethanol_300K.h5"))
     text = (
-        "An equivariant network was trained with a dropout mask per structure and step; what the spread of its samples is "
-        "worth was fitted on frames that it had not seen."
+        "An equivariant network was trained, and the posterior of its readout weights computed; what the spread of its "
+        "samples is worth was fitted on frames that it had not seen."
     )
     pictures = [save_figure(training_figure(OUT / "log.csv"), OUT / "training.png")]
     return model, [
@@ -117,7 +117,7 @@ def simulated(model: TrainedModel) -> list[Section]:
         print(run.summary())
         picture = save_figure(md_figure(run.rows, run.flagged, run.threshold), folder / "md.png")
         text = (
-            "The masks are fixed, so the mean of the samples is one smooth potential and the total energy stays level in NVE. "
+            "The samples are fixed, so their mean is one smooth potential and the total energy stays level in NVE. "
             f"Red ticks mark the moments that the model flags; at ten times that σ the run ends.\n\n  {indent(run.summary())}"
         )
         sections.append((f"Dynamics: {name}", text, [picture]))

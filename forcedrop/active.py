@@ -76,14 +76,13 @@ def flag(
     """
     limit = resolve_threshold(model.calibration, criterion, threshold, quantile)
     predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="flag")
-    scale = model.calibration.scale if model.calibration is not None else None
     values = np.empty(len(frames))
     judged = []
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
-        factor = 1.0 if scale is None else scale
-        criteria = frame_criteria(factor * p.std["forces"], factor * float(p.std["energy"]))
+        sigma = p.std if p.sigma is None else p.sigma
+        criteria = frame_criteria(sigma["forces"], float(sigma["energy"]))
         values[index] = criteria[criterion]
-        noted = with_uncertainties(frame, p, scale)
+        noted = with_uncertainties(frame, p)
         info = {
             **noted.info,
             **{f"sigma_{name}": value for name, value in criteria.items()},

@@ -17,7 +17,7 @@ from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
-from forcedrop.potential import dropout_sites
+from forcedrop.potential import require_samples
 from forcedrop.sampling import Prediction, draw_masks, predict
 from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel, load_model
@@ -46,15 +46,16 @@ class DropoutCalculator(Calculator):
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
         dtype: precision of the network, by default that of its weights.
         uncertainty_every: 1 computes all K samples at every evaluation; energy and forces are their mean. n > 1 takes
-            energy, forces and stress from sample 0 at *every* evaluation, one potential throughout at the price of one pass, and
-            computes the others, for σ alone, at every n-th. Between, results hold no σ; asking for one
+            energy, forces and stress from the masks of sample 0 (of a network without dropout: from the plain network, which is
+            the mean) at *every* evaluation, one potential throughout at the price of one pass, and computes the samples, for σ
+            alone, at every n-th. Between, results hold no σ; asking for one
             (``calc.get_property("forces_std", atoms)``) computes it.
         keep_samples: whether ``results`` also hold every sample.
         skin: of the neighbour list [Å].
         chunk: how many samples to compute at once, to bound the memory.
 
     Raises:
-        ValueError: if the model cannot be read, has no dropout site, or K < 2.
+        ValueError: if the model cannot be read, has nothing to sample, or K < 2.
     """
 
     implemented_properties = [  # noqa: RUF012 (as in the base class)
@@ -86,7 +87,7 @@ class DropoutCalculator(Calculator):
             raise ValueError(f"`uncertainty_every` must be at least 1, got {uncertainty_every}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model if isinstance(model, TrainedModel) else load_model(model)
-        dropout_sites(self.model.potential)
+        require_samples(self.model.potential)
         dtype = dtype or self.model.dtype
         same = (self.model.device, self.model.dtype) == (self.device, dtype)
         self.potential = self.model.potential if same else deepcopy(self.model.potential).to(self.device, dtype)
@@ -130,24 +131,23 @@ class DropoutCalculator(Calculator):
         self.results = {k: v for k, v in results.items() if periodic or not k.startswith(_CELL)}
 
     def _sample(self, batch: Batch) -> Derived:
-        """Return sample 0: a network that was trained, unlike the weight-scaled one, and as good as its spread is small."""
+        """Return the network with the masks of sample 0, which was trained; the plain network if there are none."""
         masks = draw_masks(self.potential, batch, self.seed, 1)
         return derive(self.potential, batch, {name: mask[0] for name, mask in masks.items()})
 
     def _spread(self, prediction: Prediction) -> dict[str, Any]:
         """Return the raw and the calibrated standard deviations, and the samples if they are to be kept."""
         results = _single(prediction.std, "_std")
-        results["pressure_std"] = float(prediction.samples.stress[:, 0, :3].mean(-1).std(correction=1))
+        samples = {name: _numpy(x) for name, x in prediction.samples._asdict().items()}
+        samples |= {name: samples[name][:, 0] for name in ("energy", "stress")}
+        results["pressure_std"] = _pressure(samples["stress"])
         calibration = self.model.calibration
         if calibration is not None:
-            names = (*_VALUES, "pressure")
-            results |= {f"{name}_uncertainty": calibration.scale * results[f"{name}_std"] for name in names}
+            samples = calibration.apply(samples)
+            results |= {f"{name}_uncertainty": _scalar(x.std(0, ddof=1)) for name, x in samples.items()}
+            results["pressure_uncertainty"] = _pressure(samples["stress"])
         if self.keep_samples:
-            scale = calibration.scale if calibration is not None else 1.0
-            for name in _VALUES:
-                samples, mean = getattr(prediction.samples, name), getattr(prediction.mean, name)
-                array = _numpy(mean + scale * (samples - mean))
-                results[f"{name}_ensemble"] = array[:, 0] if name in ("energy", "stress") else array
+            results |= {f"{name}_ensemble": samples[name] for name in _VALUES}
         return results
 
     def _checked(self, frame: Frame) -> Frame:
@@ -198,6 +198,15 @@ def _rebuild(model: TrainedModel, settings: dict[str, Any]) -> DropoutCalculator
 
 def _numpy(x: Tensor) -> np.ndarray:
     return x.detach().to("cpu", torch.float64).numpy()
+
+
+def _scalar(x: np.ndarray) -> Any:
+    return float(x) if np.ndim(x) == 0 else x
+
+
+def _pressure(stress: np.ndarray) -> float:
+    """Return the standard deviation of the pressures of the samples, from their stress (K, 6)."""
+    return float(stress[:, :3].mean(axis=-1).std(ddof=1))
 
 
 def _single(values: Derived, suffix: str) -> dict[str, Any]:

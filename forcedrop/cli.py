@@ -90,7 +90,7 @@ def train(
     typer.echo(
         f"{settings.output / 'model.pt'}: validation RMSE {last['val_forces_meV_A']:.1f} meV/Å, "
         f"{last['val_energy_meV_atom']:.2f} meV/atom"
-        + (f"; σ = {model.calibration.scale:.2f} × spread" if model.calibration else "; no error bars were trained")
+        + (f"; {model.calibration.sentence()}" if model.calibration else "; no error bars were trained")
     )
 
 
@@ -131,10 +131,51 @@ def evaluate(
         save_figure(sigma_figure(result, title), output / "sigma.png")
         typer.echo(f"wrote {output / 'evaluation.json'}, parity.png, sigma.png")
     if write is not None:
-        scale = loaded.calibration.scale if loaded.calibration else None
         pairs = zip(frames, predictions, strict=True)
-        write_frames(write, [with_uncertainties(frame, prediction, scale) for frame, prediction in pairs])
+        write_frames(write, [with_uncertainties(frame, prediction) for frame, prediction in pairs])
         typer.echo(f"wrote {write}")
+
+
+@app.command()
+@_clear_errors
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="model files; several joined by + are a deep ensemble", show_default=False)
+    ],
+    test: Annotated[list[Path], typer.Option(help="labelled frames to judge on; may be given several times")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="labelled frames to calibrate all models on; else each keeps its own")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for comparison.json and comparison.png")] = None,
+    samples: Samples = None,
+    device: Device = "auto",
+) -> None:
+    """Compare the error bars of several models, or deep ensembles of models, on the same frames."""
+    from forcedrop.evaluation import compare as compare_models
+    from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
+    from forcedrop.training import Committee
+
+    loaded: dict[str, Any] = {}
+    for text in models:
+        members = [_load(Path(name), device) for name in text.split("+")]
+        loaded[text] = members[0] if len(members) == 1 else Committee(members)
+    if len(loaded) < len(models):
+        raise ValueError("a model was given twice")
+    first = next(iter(loaded.values()))
+
+    def frames(path: Path) -> Any:
+        return _read([path], first, (None, None, None), "eV", "Angstrom", skip_bad=False)
+
+    sets = {path.stem: frames(path) for path in test}
+    held = None if calibration is None else frames(calibration)
+    found = compare_models(_short_names(loaded), sets, held, n_samples=samples)
+    rows = comparison_rows(found)
+    typer.echo(comparison_table(rows))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "comparison.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        save_figure(comparison_figure(found), output / "comparison.png")
+        typer.echo(f"wrote {output / 'comparison.json'}, comparison.png")
 
 
 @app.command()
@@ -259,6 +300,18 @@ def info(
     frames, problems = read_checked([path], skip_bad=skip_bad)
     _list_problems(problems)
     typer.echo(describe_frames(frames))
+
+
+def _short_names(models: dict[str, Any]) -> dict[str, Any]:
+    """Name each model by what distinguishes its path; a deep ensemble by its first member and its size."""
+    named: dict[str, Any] = {}
+    for text, model in models.items():
+        members = [Path(name) for name in text.split("+")]
+        first = members[0].with_suffix("")
+        short = first.parent.name if first.name == "model" and first.parent.name else first.name
+        short = short if len(members) == 1 else f"ensemble of {len(members)} ({short} …)"
+        named[short if short not in named else text] = model
+    return named
 
 
 def _load(path: Path, device: str) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from forcedrop.metrics import UncertaintyReport, atom_norms, auroc, precision_at
 from forcedrop.sampling import FramePrediction, predict_graphs
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
-from forcedrop.training import TrainedModel
+from forcedrop.training import Committee, TrainedModel, calibrate
 
 WORST = 0.05
 """The share of atoms that counts as badly predicted in AUROC and precision."""
@@ -77,14 +77,14 @@ class Evaluation:
 
 
 def predict_frames(
-    model: TrainedModel,
+    model: TrainedModel | Committee,
     frames: Sequence[Frame],
     *,
     n_samples: int | None = None,
     seed: int | None = None,
     what: str = "predict",
 ) -> list[FramePrediction]:
-    """Return the prediction for each frame, with a progress bar named ``what``.
+    """Return the prediction for each frame, with σ and without the samples; a progress bar is named ``what``.
 
     Raises:
         BadFrames: if a frame cannot be computed, such as one with an element that the model does not know.
@@ -92,15 +92,16 @@ def predict_frames(
     problems = check_frames(frames, elements=model.elements)
     if problems:
         raise BadFrames(problems)
-    finder = NeighbourFinder(model.potential.config.cutoff)
+    finder = NeighbourFinder(model.cutoff)
     graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
-    n_samples, seed = model.masks_for(n_samples, seed)
-    predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
-    return list(tqdm(predictions, total=len(frames), desc=what, unit="frame"))
+    predictions = predict_graphs(model.predictor(n_samples, seed), graphs, model.device)
+    bar = tqdm(predictions, total=len(frames), desc=what, unit="frame")
+    sigma = model.calibration.sigma if model.calibration is not None else lambda samples: None
+    return [replace(p, sigma=sigma(p.samples), samples={}) for p in bar]
 
 
 def evaluate(
-    model: TrainedModel,
+    model: TrainedModel | Committee,
     frames: Sequence[Frame],
     *,
     n_samples: int | None = None,
@@ -122,7 +123,6 @@ def evaluate(
     """
     if predictions is None:
         predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
-    scale = model.calibration.scale if model.calibration is not None else 1.0
     columns: dict[str, list[list[np.ndarray]]] = {name: [[], [], [], [], []] for name in ("energy", "forces", "stress")}
     totals = []
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
@@ -134,10 +134,10 @@ def evaluate(
             reference = np.ravel(label) / per
             values = (
                 np.ravel(p.mean[name]) / per,
-                np.ravel(p.std[name]) / per,
+                np.ravel((p.std if p.sigma is None else p.sigma)[name]) / per,
                 np.ravel(p.plain[name]) / per,
             )
-            row = (reference, values[0] - reference, scale * values[1], values[2] - reference)
+            row = (reference, values[0] - reference, values[1], values[2] - reference)
             for target, value in zip(column, (*row, np.full(reference.shape, index)), strict=True):
                 target.append(value)
         if frame.energy is not None:
@@ -157,10 +157,39 @@ def evaluate(
     )
 
 
-def with_uncertainties(frame: Frame, prediction: FramePrediction, scale: float | None) -> Frame:
+def compare(
+    models: Mapping[str, TrainedModel | Committee],
+    sets: Mapping[str, Sequence[Frame]],
+    calibration: Sequence[Frame] | None = None,
+    *,
+    n_samples: int | None = None,
+) -> dict[str, dict[str, Evaluation]]:
+    """Judge several models on the same sets.
+
+    Args:
+        models: by name; left as they are.
+        sets: labelled frames by name.
+        calibration: labelled frames on which every model is calibrated anew; without them each keeps its own calibration.
+        n_samples: K of those that can choose; by default 16.
+
+    Raises:
+        BadFrames: if a frame cannot be computed.
+        ValueError: if a model has nothing to sample, or the calibration frames have no labels.
+    """
+    found: dict[str, dict[str, Evaluation]] = {}
+    for name, model in models.items():
+        if calibration is not None:
+            finder = NeighbourFinder(model.cutoff)
+            graphs = [build_graph(frame, finder, model.dtype) for frame in calibration]
+            model = replace(model, calibration=calibrate(model, graphs))
+        found[name] = {what: evaluate(model, frames, n_samples=n_samples) for what, frames in sets.items()}
+    return found
+
+
+def with_uncertainties(frame: Frame, prediction: FramePrediction) -> Frame:
     """Return the frame with mean and σ beside its labels, in ``info`` and ``arrays`` where no writer drops them.
 
-    Names: ``forcedrop_energy``, ``energy_std``, ``energy_uncertainty`` … ; the uncertainties only with a calibration ``scale``.
+    Names: ``forcedrop_energy``, ``energy_std``, ``energy_uncertainty`` … ; the uncertainties only of a calibrated model.
     """
     info, arrays = dict(frame.info), dict(frame.arrays)
     for name in ("energy", "energies", "forces", "stress"):
@@ -168,8 +197,8 @@ def with_uncertainties(frame: Frame, prediction: FramePrediction, scale: float |
             continue
         target: dict[str, Any] = arrays if name in ("energies", "forces") else info
         values: dict[str, Any] = {f"forcedrop_{name}": prediction.mean[name], f"{name}_std": prediction.std[name]}
-        if scale is not None:
-            values[f"{name}_uncertainty"] = scale * prediction.std[name]
+        if prediction.sigma is not None:
+            values[f"{name}_uncertainty"] = prediction.sigma[name]
         target.update({k: float(v) if np.ndim(v) == 0 else np.array(v) for k, v in values.items()})
     return Frame(**{**vars(frame), "info": info, "arrays": arrays})
 

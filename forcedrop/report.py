@@ -6,8 +6,9 @@ import base64
 import csv
 import html
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -230,6 +231,78 @@ def evaluation_table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
+def comparison_rows(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> list[dict[str, Any]]:
+    """Return one row a model and set: errors [meV, meV/Å], and of the forces how honest σ is.
+
+    Args:
+        evaluations: by model, then by set.
+    """
+    rows = []
+    for model, sets in evaluations.items():
+        for name, found in sets.items():
+            reports, detection = found.reports(), found.detection()
+            row: dict[str, Any] = {"model": model, "set": name, "energy_rmse_meV": 1e3 * found.total_energy_rmse}
+            if "energy" in reports:
+                row["energy_z2"] = reports["energy"].z2
+            if "forces" in reports:
+                r = reports["forces"]
+                row |= {
+                    "forces_rmse_meV_A": 1e3 * r.rmse,
+                    "forces_nll": r.nll,
+                    "forces_crps_meV_A": 1e3 * r.crps,
+                    "forces_z2": r.z2,
+                    "forces_z2_low": r.z2_interval[0],
+                    "forces_z2_high": r.z2_interval[1],
+                    "forces_area": r.miscalibration_area,
+                    "forces_rll_percent": r.rll,
+                    "auroc_worst_5_percent": detection["auroc"],
+                }
+            rows.append({k: v if isinstance(v, str) else round(float(v), 4) for k, v in row.items()})
+    return rows
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of :func:`comparison_rows` as text, a block a set."""
+    heads = {
+        "energy_rmse_meV": "E RMSE [meV]", "energy_z2": "z² of E", "forces_rmse_meV_A": "F RMSE [meV/Å]",
+        "forces_nll": "NLL", "forces_crps_meV_A": "CRPS [meV/Å]", "forces_z2": "z²", "forces_area": "area",
+        "forces_rll_percent": "RLL %", "auroc_worst_5_percent": "AUROC",
+    }  # fmt: skip
+    lines: list[str] = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        chosen = [row for row in rows if row["set"] == name]
+        keys = [key for key in heads if any(key in row for row in chosen)]
+        table = [[name, *(heads[key] for key in keys)]]
+        table += [[row["model"], *(f"{row[key]:.3g}" if key in row else "–" for key in keys)] for row in chosen]
+        lines += [*format_table(table), ""]
+    return "\n".join(lines).rstrip()
+
+
+def comparison_figure(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
+    r"""Return for every set the calibration curves of the forces, and the RMSE in bins of σ against σ, a line a model."""
+    sets = list(next(iter(evaluations.values())))
+    figure = Figure(figsize=(9.2, 4.0 * len(sets)), layout="constrained")
+    for row, name in zip(np.atleast_2d(figure.subplots(len(sets), 2)), sets, strict=True):
+        row[0].plot([0, 1], [0, 1], color=_GREY, lw=0.8)
+        ends: list[float] = []
+        for model, found in evaluations.items():
+            error, sigma = found[name].error["forces"], found[name].sigma["forces"]
+            used = (sigma > 1e-12) & (np.abs(error) > 1e-12)
+            error, sigma = error[used], sigma[used]
+            row[0].plot(*calibration_curve(error, sigma), lw=1.2, label=model)
+            parts = np.array_split(np.argsort(sigma), 15)
+            x = [float(np.sqrt(np.mean(sigma[part] ** 2))) for part in parts]
+            row[1].plot(
+                x, [float(np.sqrt(np.mean(error[part] ** 2))) for part in parts], "o-", ms=3, lw=1.2, label=model
+            )
+            ends += [x[0], x[-1]]
+        row[1].plot([min(ends), max(ends)], [min(ends), max(ends)], color=_GREY, lw=0.8)
+        row[0].set(xlabel="expected share inside the interval", ylabel="observed share", title=name)
+        row[1].set(xscale="log", yscale="log", xlabel="σ of force components [eV/Å]", ylabel="RMSE in bins of σ [eV/Å]")
+        row[1].legend(fontsize=8)
+    return figure
+
+
 def ranking_csv(flags: Flags, path: str | Path) -> Path:
     """Write all frames, most uncertain first, with every criterion, and whether they are flagged."""
     path = Path(path)
@@ -273,7 +346,7 @@ def describe_model(model: TrainedModel) -> str:
         c = model.calibration
         own = ", ".join(f"{name} {value:.2f}" for name, value in c.scales.items())
         lines.append(
-            f"calibration: σ = {c.scale:.3f} × spread of {c.n_samples} samples, on {c.n_frames} frames; on their own: {own}"
+            f"calibration: {c.sentence()} of {c.n_samples} samples, on {c.n_frames} frames; then on their own: {own}"
         )
         for name, unit in UNITS.items():
             median, high = c.threshold(name, 0.5), c.threshold(name, 0.95)

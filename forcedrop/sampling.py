@@ -1,10 +1,10 @@
-"""K functions from one network: drawing the masks, and one reduction over the samples for every property."""
+"""K functions from one network: drawing masks and readouts, and one reduction over the samples for every property."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.dropout import edge_mask, feature_mask
+from forcedrop.dropout import edge_mask, feature_mask, normal_noise
 from forcedrop.graph import AtomicGraph, batch_graphs
-from forcedrop.potential import Potential, dropout_sites
+from forcedrop.potential import READOUT_SHIFT, Potential, require_samples
 
 
 class Prediction(NamedTuple):
@@ -35,14 +35,11 @@ def draw_masks(potential: Potential, batch: Batch, seed: int, samples: int | Seq
     """Return the masks of K samples for every site of a network: pure functions of (seed, sample, site).
 
     Feature masks have shape (K, C). Edge masks, (K, N, M), depend on the pair alone: atoms' places in their own structure and
-    the relative cell shift, not on the batch.
-
-    Raises:
-        ValueError: if the network has no dropout site.
+    the relative cell shift, not on the batch. Empty for a network without dropout sites.
     """
     masks = {}
     dtype, device = batch.pos.dtype, batch.pos.device
-    for site in dropout_sites(potential):
+    for site in potential.sites:
         if site.n_channels:
             masks[site.name] = feature_mask(
                 site.rate,
@@ -70,6 +67,18 @@ def draw_masks(potential: Potential, batch: Batch, seed: int, samples: int | Seq
     return masks
 
 
+def draw_shifts(potential: Potential, seed: int, n_samples: int) -> Tensor | None:
+    """Return K draws from the posterior of the readouts about their mean, shape (K, F); None where there is no posterior.
+
+    Their own mean is taken off, so that they leave the mean over the samples where the plain readouts have it.
+    """
+    if potential.posterior is None:
+        return None
+    root = potential.posterior
+    noise = normal_noise(len(root), seed=seed, samples=n_samples, site=READOUT_SHIFT, dtype=torch.float64)
+    return ((noise - noise.mean(0)) @ root.double().cpu().T).to(root)
+
+
 def each(function: Callable[[Tensor], Tensor], derived: Derived) -> Derived:
     """Apply one function to every property: the one place where samples are reduced."""
     return Derived(*(function(x) for x in derived))
@@ -94,22 +103,26 @@ def predict(
     """Return the Monte-Carlo-dropout prediction of a batch.
 
     Args:
-        potential: a network with dropout sites.
+        potential: a network with dropout sites, or a posterior of its readouts.
         batch: from ``forcedrop.graph.batch_graphs``.
         n_samples: K ≥ 2.
         seed: of the masks; the same (seed, K) gives the same bits.
         chunk: how many samples to compute at once (all, if not given); it bounds the memory.
 
     Raises:
-        ValueError: if K < 2, or the network has no dropout site.
+        ValueError: if K < 2, or there is nothing to sample.
     """
     if n_samples < 2:
         raise ValueError(f"error bars need at least 2 samples, got {n_samples}")
+    require_samples(potential)
     parts = []
     step = chunk or n_samples
+    shifts = draw_shifts(potential, seed, n_samples)
     with torch.no_grad():
         for first in range(0, n_samples, step):
             masks = draw_masks(potential, batch, seed, range(first, min(first + step, n_samples)))
+            if shifts is not None:
+                masks[READOUT_SHIFT] = shifts[first : first + step]
             parts.append(derive_samples(potential, batch, masks))
         return reduce_samples(Derived(*(torch.cat(x) for x in zip(*parts, strict=True))))
 
@@ -122,51 +135,79 @@ class FramePrediction:
         mean: means over the samples by property: ``energy`` float, ``energies`` (N,), ``forces`` (N, 3), ``stress`` (6,).
         std: raw standard deviations by property, same shapes.
         plain: the plain (weight-scaled) network's values by property.
+        samples: the samples by property, sample axis first; empty where they were not kept.
+        sigma: calibrated standard deviations by property; None without a calibration.
     """
 
     mean: dict[str, np.ndarray]
     std: dict[str, np.ndarray]
     plain: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    sigma: dict[str, np.ndarray] | None = None
+
+
+class Predictor(Protocol):
+    """Anything that has K functions: what errors, calibration and comparisons need of it."""
+
+    def __call__(self, batch: Batch) -> tuple[Prediction, Derived]:
+        """Return the prediction of the K functions, and that of one plain pass that stands for their mean."""
+        ...
+
+
+def sampled(potential: Potential, n_samples: int, seed: int) -> Predictor:
+    """Return the predictor of one network with its masks and draws, see :func:`predict`."""
+
+    def predictor(batch: Batch) -> tuple[Prediction, Derived]:
+        return predict(potential, batch, n_samples=n_samples, seed=seed), derive(potential, batch)
+
+    return predictor
+
+
+def committee(potentials: Sequence[Potential]) -> Predictor:
+    """Return the predictor of a deep ensemble: each network is one function, without masks; the plain pass is their mean.
+
+    Source: Lakshminarayanan, Pritzel & Blundell, NeurIPS 2017, arXiv 1612.01474.
+    """
+
+    def predictor(batch: Batch) -> tuple[Prediction, Derived]:
+        members = [derive(potential, batch) for potential in potentials]
+        prediction = reduce_samples(Derived(*(torch.stack(x) for x in zip(*members, strict=True))))
+        return prediction, prediction.mean
+
+    return predictor
 
 
 def predict_graphs(
-    potential: Potential,
+    predictor: Predictor,
     graphs: Sequence[AtomicGraph],
+    device: torch.device | str = "cpu",
     *,
-    n_samples: int = 16,
-    seed: int = 0,
     batch_atoms: int = 256,
 ) -> Iterator[FramePrediction]:
-    """Yield the prediction for each graph, in order; as many structures at once as fit in ``batch_atoms``.
-
-    Raises:
-        ValueError: if K < 2, or the network has no dropout site.
-    """
-    device = potential.hidden_bias.device
+    """Yield the prediction for each graph, in order; as many structures at once as fit in ``batch_atoms``."""
     group: list[AtomicGraph] = []
     for index, graph in enumerate(graphs):
         group.append(graph)
         following = graphs[index + 1].num_nodes if index + 1 < len(graphs) else batch_atoms
         if sum(g.num_nodes for g in group) + following > batch_atoms:
             batch = batch_graphs(group).to(device)
-            prediction = predict(potential, batch, n_samples=n_samples, seed=seed)
-            plain = derive(potential, batch)
-            parts = [_split(values, batch) for values in (prediction.mean, prediction.std, plain)]
-            for mean, std, single in zip(*parts, strict=True):
-                yield FramePrediction(mean, std, single)
+            prediction, plain = predictor(batch)
+            parts = [_split(values, batch) for values in (prediction.mean, prediction.std, plain, prediction.samples)]
+            for mean, std, single, samples in zip(*parts, strict=True):
+                yield FramePrediction(mean, std, single, samples)
             group = []
 
 
 def _split(values: Derived, batch: Batch) -> list[dict[str, np.ndarray]]:
-    """Cut the values of a batch into structures."""
+    """Cut the values of a batch into structures; axes before those of the batch stay."""
     arrays = {k: v.to("cpu", torch.float64).numpy() for k, v in values._asdict().items()}
     first = batch.ptr.tolist()
     return [
         {
-            "energy": arrays["energy"][b],
-            "energies": arrays["energies"][first[b] : first[b + 1]],
-            "forces": arrays["forces"][first[b] : first[b + 1]],
-            "stress": arrays["stress"][b],
+            "energy": arrays["energy"][..., b],
+            "energies": arrays["energies"][..., first[b] : first[b + 1]],
+            "forces": arrays["forces"][..., first[b] : first[b + 1], :],
+            "stress": arrays["stress"][..., b, :],
         }
         for b in range(batch.num_graphs)
     ]

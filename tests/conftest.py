@@ -124,7 +124,7 @@ def settings(folder: object, **changes: object) -> dict:
         "model": {"cutoff": 4.0, "n_channels": 6, "l_max": 2, "n_radial": 4, "n_hidden": 8},
         "optimiser": {"warmup_steps": 5},
         "stage_one": {"epochs": 6},
-        "dropout": {"bank": 4},
+        "dropout": {"update": 0.1, "readout": 0.3, "bank": 4},
         "stage_two": {"epochs": 3, "samples": 2},
         "batch_size": 4,
         "precision": "float64",

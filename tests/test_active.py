@@ -23,8 +23,11 @@ def test_ranking_against_a_loop(trained, frames, criterion: str) -> None:
     values = []
     for frame in frames:
         out = predict(trained.potential, batch_of([frame.to_atoms()], 4.0), n_samples=4, seed=trained.bank_seed)
-        scale = trained.calibration.scale
-        values.append(frame_criteria(scale * out.std.forces.numpy(), scale * float(out.std.energy))[criterion])
+        samples = {name: x.numpy() for name, x in out.samples._asdict().items()}
+        sigma = trained.calibration.sigma(
+            {**samples, "energy": samples["energy"][:, 0], "stress": samples["stress"][:, 0]}
+        )
+        values.append(frame_criteria(sigma["forces"], float(sigma["energy"]))[criterion])
     np.testing.assert_allclose(flags.values, values, rtol=1e-8)
     assert flags.ranking.tolist() == np.argsort(-np.array(values)).tolist()
 

@@ -16,6 +16,7 @@ from ase.phonons import Phonons
 from pymatgen.io.ase import AseAtomsAdaptor
 
 from forcedrop import DropoutCalculator
+from forcedrop.calibration import Calibration
 from forcedrop.derive import VOIGT
 from forcedrop.sampling import predict
 from forcedrop.testing import assert_conservative, assert_equivariant, assert_smooth
@@ -38,17 +39,18 @@ def test_results_have_the_names_shapes_and_values_of_the_contract(trained) -> No
     results = atoms.calc.results
     expected = predict(trained.potential, batch_of([atoms], 4.0), n_samples=4, seed=trained.bank_seed)
     shapes = {"energy": (), "energies": (4,), "forces": (4, 3), "stress": (6,)}
-    scale = trained.calibration.scale
+    samples = {name: np.asarray(getattr(expected.samples, name)).reshape(4, *shape) for name, shape in shapes.items()}
+    sigma = trained.calibration.sigma(samples)
     for name, shape in shapes.items():
         assert np.shape(results[name]) == shape
         mean, std = (np.asarray(getattr(part, name)).reshape(shape) for part in (expected.mean, expected.std))
         np.testing.assert_allclose(results[name], mean, atol=1e-10)
         np.testing.assert_allclose(results[f"{name}_std"], std, atol=1e-10)
-        np.testing.assert_allclose(results[f"{name}_uncertainty"], scale * std, atol=1e-10)
+        np.testing.assert_allclose(results[f"{name}_uncertainty"], sigma[name], atol=1e-10)
         ensemble = results[f"{name}_ensemble"]
         assert ensemble.shape == (4, *shape)
         np.testing.assert_allclose(ensemble.mean(0), mean, atol=1e-10)
-        np.testing.assert_allclose(ensemble.std(0, ddof=1), scale * std, atol=1e-10)
+        np.testing.assert_allclose(ensemble.std(0, ddof=1), sigma[name], atol=1e-10)
     assert results["free_energy"] == results["energy"]
     assert results["energies"].sum() == pytest.approx(results["energy"])
     pressure = -np.asarray(expected.samples.stress)[:, 0, :3].mean(1)
@@ -59,8 +61,9 @@ def test_results_have_the_names_shapes_and_values_of_the_contract(trained) -> No
 
 
 def test_scaled_samples_stay_derivatives_of_one_another(trained) -> None:
-    """Calibration scales samples about their mean, so every scaled sample is still conservative."""
-    calculator = DropoutCalculator(trained, n_samples=4, keep_samples=True)
+    """One factor (γ = 0) scales samples about their mean, so every scaled sample is still conservative."""
+    model = replace(trained, calibration=Calibration(2.5))
+    calculator = DropoutCalculator(model, n_samples=4, keep_samples=True)
 
     def evaluate(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
         atoms.calc = calculator
@@ -163,11 +166,13 @@ def test_copies_are_independent_and_equal(trained) -> None:
 
 
 def test_uncertainty_every(trained) -> None:
-    """Between, forces are of the same potential as at the steps with σ: that of sample 0."""
+    """Between, forces are of the same potential as at the steps with σ: that with the masks of sample 0."""
     sparse = DropoutCalculator(trained, n_samples=4, uncertainty_every=3)
     generator, atoms = np.random.default_rng(0), crystal()
     atoms.calc = sparse
-    whole = DropoutCalculator(replace(trained, calibration=None), n_samples=4, keep_samples=True)
+    potential = copy.deepcopy(trained.potential)
+    potential.posterior = None
+    whole = DropoutCalculator(replace(trained, potential=potential, calibration=None), n_samples=4, keep_samples=True)
     with_sigma = []
     for _ in range(7):
         atoms.positions += generator.normal(scale=0.02, size=(4, 3))

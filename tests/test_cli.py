@@ -60,6 +60,24 @@ def test_evaluate(folder, tmp_path) -> None:
     assert "forces_uncertainty" in read_frames(tmp_path / "p.xyz")[0].arrays
 
 
+def test_compare(folder, tmp_path) -> None:
+    model = folder / "run" / "model.pt"
+    other = tmp_path / "other.pt"
+    other.write_bytes(model.read_bytes())
+    out = run(
+        "compare", model, f"{model}+{other}", "--calibration", folder / "test.h5", "--test", folder / "train.h5",
+        "--output", tmp_path, "--samples", 4, code=1,
+    )  # fmt: skip
+    assert "spreads are 0 where the error is not" in out  # two copies of one model are no ensemble
+    out = run("compare", model, other, "--test", folder / "test.h5", "--output", tmp_path, "--samples", 4)
+    rows = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["model"] for row in rows] == ["run", "other"]
+    assert rows[0]["forces_nll"] == rows[1]["forces_nll"]
+    assert "CRPS" in out
+    assert (tmp_path / "comparison.png").stat().st_size > 5000
+    assert "given twice" in run("compare", model, model, "--test", folder / "test.h5", code=1)
+
+
 def test_md_and_flag(folder, tmp_path) -> None:
     model = folder / "run" / "model.pt"
     out = run(
@@ -103,7 +121,7 @@ def bare(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "md", "flag", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "flag", "info"])
 def test_help(command: str) -> None:
     assert "Usage" in run(command, "--help")
 
@@ -112,7 +130,7 @@ def test_scripts_are_the_same_doors(folder) -> None:
     import subprocess
     import sys
 
-    for script in ("train", "evaluate", "run_md", "flag"):
+    for script in ("train", "evaluate", "compare", "run_md", "flag"):
         out = subprocess.run(
             [sys.executable, f"scripts/{script}.py", "--help"], capture_output=True, text=True, check=True
         ).stdout

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from forcedrop.derive import derive
-from forcedrop.sampling import draw_masks, predict, predict_graphs, reduce_samples
+from forcedrop.sampling import committee, draw_masks, predict, predict_graphs, reduce_samples, sampled
 from tests.conftest import batch_of, ethanol, graph_of, make_potential, silicon
 from tests.shapes import check_derived
 
@@ -48,7 +48,7 @@ def test_graphs_in_groups_equal_one_by_one() -> None:
     images = [ethanol(0), silicon(), ethanol(1), ethanol(2)]
     graphs = [graph_of(a, 4.0) for a in images]
     for batch_atoms in (1, 12, 1000):
-        found = list(predict_graphs(potential, graphs, n_samples=3, batch_atoms=batch_atoms))
+        found = list(predict_graphs(sampled(potential, 3, 0), graphs, batch_atoms=batch_atoms))
         assert len(found) == len(images)
         for atoms, p in zip(images, found, strict=True):
             batch = batch_of([atoms], 4.0)
@@ -56,3 +56,13 @@ def test_graphs_in_groups_equal_one_by_one() -> None:
             assert p.mean["energy"] == pytest.approx(float(expected.mean.energy), abs=1e-10)
             assert abs(p.std["forces"] - expected.std.forces.numpy()).max() < 1e-10
             assert abs(p.plain["stress"] - plain.stress[0].numpy()).max() < 1e-10
+
+
+def test_a_committee_is_its_members() -> None:
+    potentials = [make_potential(seed=k) for k in range(3)]
+    batch = batch_of([ethanol(), silicon()], 4.0)
+    prediction, plain = committee(potentials)(batch)
+    forces = torch.stack([derive(p, batch).forces for p in potentials])
+    torch.testing.assert_close(prediction.samples.forces, forces)
+    torch.testing.assert_close(plain.forces, forces.mean(0))
+    torch.testing.assert_close(prediction.std.forces, forces.std(0, correction=1))

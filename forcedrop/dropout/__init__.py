@@ -34,7 +34,7 @@ from forcedrop.dropout.graphs import (
     node_feature_dropout,
 )
 from forcedrop.dropout.init import dropout_kaiming_normal_, dropout_kaiming_uniform_
-from forcedrop.dropout.masks import edge_identity, edge_mask, feature_mask
+from forcedrop.dropout.masks import edge_identity, edge_mask, feature_mask, normal_noise
 from forcedrop.dropout.montecarlo import mc_samples
 from forcedrop.dropout.recurrent import DropoutGRU, DropoutLSTM
 from forcedrop.dropout.schedule import LinearSchedule, linear_rate
@@ -107,6 +107,7 @@ __all__ = [
     "mc_samples",
     "node_dropout",
     "node_feature_dropout",
+    "normal_noise",
     "overlap",
     "regression_summary",
     "tensor_dropout",

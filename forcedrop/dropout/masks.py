@@ -7,6 +7,7 @@ hashes (seed and site) → key, then key, sample and unit → 64 bits, in intege
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -119,6 +120,26 @@ def feature_mask(
     k = _sample_tensor(samples, device)
     units = torch.arange(n, device=k.device)
     return keep_mask(random_bits(site_key(seed, site), k, units), p, dtype)
+
+
+def normal_noise(
+    n: int,
+    *,
+    seed: int,
+    samples: int | Sequence[int] | Tensor,
+    site: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return independent standard normal numbers, shape (K, n), as pure functions of (seed, sample, site) like masks.
+
+    By inversion of the normal distribution in float64 on the CPU, so that every device gets the same bits; arguments as in
+    :func:`feature_mask`.
+    """
+    k = _sample_tensor(samples, "cpu")
+    bits = random_bits(site_key(seed, site), k, torch.arange(n))
+    uniform = (bits.double() + 0.5) / (1 << UNIFORM_BITS)
+    return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).to(device, dtype or torch.get_default_dtype())
 
 
 def edge_identity(edge_index: Tensor, edge_shift: Tensor | None = None) -> Tensor:

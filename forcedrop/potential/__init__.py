@@ -1,13 +1,23 @@
 """The equivariant network with dropout sites: (graph, masks) → energy per atom."""
 
 from forcedrop.potential.network import (
+    READOUT_SHIFT,
     DropoutRates,
     GraphInputs,
     Masks,
     Potential,
     PotentialConfig,
     Site,
-    dropout_sites,
+    require_samples,
 )
 
-__all__ = ["DropoutRates", "GraphInputs", "Masks", "Potential", "PotentialConfig", "Site", "dropout_sites"]
+__all__ = [
+    "READOUT_SHIFT",
+    "DropoutRates",
+    "GraphInputs",
+    "Masks",
+    "Potential",
+    "PotentialConfig",
+    "Site",
+    "require_samples",
+]

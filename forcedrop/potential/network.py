@@ -11,11 +11,14 @@ Dropout sites (``Potential.sites``): ``layers.t.edges`` one bit per undirected p
 ``layers.t.update`` one bit per channel of what a later layer sends and adds, ``readout.hidden`` one bit per hidden channel. A
 mask multiplies a *branch*, never the stream of features itself; it is the same for every atom of a structure, so each mask is
 one smooth, conservative and extensive potential.
+
+The weights of the readouts, the last linear maps of all, may have a posterior (``Potential.posterior``): a sample then also
+shifts them by a random vector, ``READOUT_SHIFT`` among the masks, and is no less a smooth potential.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,8 +48,8 @@ class DropoutRates:
 
     edge: float = 0.0
     message: float = 0.0
-    update: float = 0.1
-    readout: float = 0.3
+    update: float = 0.0
+    readout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ class PotentialConfig:
         """Undo :meth:`to_dict`."""
         values = dict(values)
         return cls(**{**values, "elements": tuple(values["elements"]), "dropout": DropoutRates(**values["dropout"])})
+
+
+READOUT_SHIFT = "readout.shift"
+"""Name, among the masks, of what a sample adds to the weights of the readouts, shape (F,)."""
 
 
 class Site(NamedTuple):
@@ -146,6 +153,7 @@ class Potential(nn.Module):
     isolated: Tensor
     energy_scale: Tensor
     species_of_z: Tensor
+    posterior: Tensor | None
 
     def __init__(
         self,
@@ -175,6 +183,7 @@ class Potential(nn.Module):
         lookup = torch.full((max(config.elements) + 1,), -1)
         lookup[list(config.elements)] = torch.arange(n_species)
         self.register_buffer("species_of_z", lookup, persistent=False)
+        self.register_buffer("posterior", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Potential:
         """Move or cast the module, but keep the isolated-atom energies in float64: they are large."""
@@ -182,6 +191,16 @@ class Potential(nn.Module):
         super()._apply(fn, recurse)
         self.isolated = isolated.to(self.isolated.device)
         return self
+
+    @property
+    def n_readout(self) -> int:
+        """Number F of weights of the linear readouts: of every layer's scalars, and of the hidden channels of the last."""
+        return self.config.n_layers * self.config.n_channels + self.config.n_hidden
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether there is anything to sample: a dropout site, or a posterior of the readouts."""
+        return bool(self.sites) or self.posterior is not None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -230,6 +249,7 @@ class Potential(nn.Module):
         one_hot = nn.functional.one_hot(graph.species, len(self.config.elements)).to(vec.dtype)
         pairs = self.pairs(vec)
         x = energy = vec.new_zeros(())
+        features = []
         layers: Any = self.layers
         for t, layer in enumerate(layers):
             edges = masks.get(f"layers.{t}.edges")
@@ -240,9 +260,13 @@ class Potential(nn.Module):
                 fields = self._message_fields(layer, x, carried, graph, masks.get(f"layers.{t}.message"))
                 x = self._add(layer, x, layer.update(fields, one_hot), one_hot, masks.get(f"layers.{t}.update"))
             energy = energy + self.readouts[t](x[0])
+            features.append(x[0])
         hidden = nn.functional.silu(self.hidden(x[0]) + self.hidden_bias)
         hidden = self.mask(hidden, one_hot, masks.get("readout.hidden"))
-        energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0] * self.energy_scale
+        energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0]
+        if READOUT_SHIFT in masks:
+            energy = energy + torch.cat([*features, hidden], dim=-1) @ masks[READOUT_SHIFT]
+        energy = energy * self.energy_scale
         if self.zbl is not None:
             energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
         return energy
@@ -298,12 +322,13 @@ class Potential(nn.Module):
         return f"elements={list(self.config.elements)}, cutoff={self.config.cutoff} Å, parameters={n}"
 
 
-def dropout_sites(potential: Potential) -> Sequence[Site]:
-    """Return the sites, or say that there is none.
+def require_samples(potential: Potential) -> None:
+    """Say so if there is nothing to sample.
 
     Raises:
-        ValueError: if the network has no dropout site with a rate above 0.
+        ValueError: if the network has neither a dropout site with a rate above 0 nor a posterior of its readouts.
     """
-    if not potential.sites:
-        raise ValueError("this network has no dropout site (all rates are 0): it cannot give error bars")
-    return potential.sites
+    if not potential.has_samples:
+        raise ValueError(
+            "this network has no dropout site (all rates are 0) and no posterior of its readouts: it cannot give error bars"
+        )

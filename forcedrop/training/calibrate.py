@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from forcedrop.calibration import CRITERIA, Calibration, fit_scale, frame_criteria
+from forcedrop.calibration import CRITERIA, Calibration, fit_growth, fit_scale, frame_criteria
 from forcedrop.graph import AtomicGraph
-from forcedrop.sampling import predict_graphs
-from forcedrop.training.checkpoint import TrainedModel
+from forcedrop.sampling import FramePrediction, predict_graphs
+from forcedrop.training.checkpoint import Committee, TrainedModel
+
+SAMPLES = 64
+"""Samples of a calibration, more than of a prediction: noise of the spreads would hide how errors grow with them."""
 
 
-def calibrate(model: TrainedModel, graphs: Sequence[AtomicGraph], n_samples: int) -> Calibration:
+def calibrate(
+    model: TrainedModel | Committee, graphs: Sequence[AtomicGraph], n_samples: int | None = None
+) -> Calibration:
     """Return the calibration of a model on labelled graphs.
 
-    The factor is that of the forces where there are any, else of the energies; each property's own is kept beside it.
+    Factor and growth are those of the forces where there are any, else one factor is that of the energies; what each property
+    on its own would ask for is kept beside them.
+
+    Args:
+        model: what to calibrate; a calibration that it has already is not looked at.
+        graphs: labelled, on no frame that trained or stopped the model.
+        n_samples: K; by default 64, or all masks of a smaller bank.
 
     Raises:
         ValueError: if the graphs carry neither forces nor energies.
     """
-    errors: dict[str, list[np.ndarray]] = {"energy": [], "forces": [], "stress": []}
-    spreads: dict[str, list[np.ndarray]] = {"energy": [], "forces": [], "stress": []}
-    criteria = []
-    predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=model.bank_seed)
-    bar = tqdm(predictions, total=len(graphs), desc="calibration", unit="frame", leave=False)
-    for graph, prediction in zip(graphs, bar, strict=True):
-        criteria.append(frame_criteria(prediction.std["forces"], float(prediction.std["energy"])))
-        for name in errors:
-            if bool(graph[f"has_{name}"]):
-                label = graph[name].reshape(np.shape(prediction.mean[name])).double().cpu().numpy()
-                errors[name].append(np.ravel(prediction.mean[name] - label))
-                spreads[name].append(np.ravel(prediction.std[name]))
-    scales = {
-        name: fit_scale(np.concatenate(errors[name]), np.concatenate(spreads[name])) for name in errors if errors[name]
-    }
-    if not {"forces", "energy"} & set(scales):
+    if n_samples is None and isinstance(model, TrainedModel):
+        n_samples = min(model.bank or SAMPLES, SAMPLES)
+    predictions = predict_graphs(model.predictor(n_samples), graphs, model.device)
+    found = list(tqdm(predictions, total=len(graphs), desc="calibration", unit="frame", leave=False))
+    forces, energies = (_entries(graphs, found, name) for name in ("forces", "energy"))
+    if forces is not None:
+        scale, exponent, reference = fit_growth(*(x.reshape(-1, 3) for x in forces))
+    elif energies is not None:
+        scale, exponent, reference = fit_scale(*energies), 0.0, 1.0
+    else:
         raise ValueError("calibration needs frames with forces or energies; there are none among the held-out frames")
-    scale = scales["forces"] if "forces" in scales else scales["energy"]
-    levels = {name: sorted(scale * frame[name] for frame in criteria) for name in CRITERIA}
-    return Calibration(scale, scales, len(graphs), n_samples, levels)
+    shared = Calibration(scale, exponent, reference)
+    sigma = [shared.sigma(p.samples) for p in found]
+    entries = {name: _entries(graphs, found, name, sigma) for name in ("energy", "forces", "stress")}
+    scales = {name: fit_scale(*pair) for name, pair in entries.items() if pair is not None}
+    criteria = [frame_criteria(s["forces"], float(s["energy"])) for s in sigma]
+    levels = {name: sorted(frame[name] for frame in criteria) for name in CRITERIA}
+    return Calibration(
+        scale, exponent, reference, scales, len(graphs), n_samples or len(found[0].samples["energy"]), levels
+    )
+
+
+def _entries(
+    graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction], name: str, sigma: Sequence[Any] | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return errors and spreads, or ``sigma``, of one property, flat; None if no graph has its label."""
+    errors, spreads = [], []
+    for index, (graph, p) in enumerate(zip(graphs, found, strict=True)):
+        if bool(graph[f"has_{name}"]):
+            label = graph[name].reshape(np.shape(p.mean[name])).double().cpu().numpy()
+            errors.append(np.ravel(p.mean[name] - label))
+            spreads.append(np.ravel((p.std if sigma is None else sigma[index])[name]))
+    return (np.concatenate(errors), np.concatenate(spreads)) if errors else None

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import forcedrop
 from forcedrop.calibration import Calibration
 from forcedrop.potential import Potential, PotentialConfig
+from forcedrop.sampling import Predictor, committee, sampled
 
 FORMAT = 3
 SAMPLES = 16
@@ -55,6 +57,15 @@ class TrainedModel:
         """Where the weights are."""
         return self.potential.hidden_bias.device
 
+    @property
+    def cutoff(self) -> float:
+        """Of the neighbour lists [Å]."""
+        return self.potential.config.cutoff
+
+    def predictor(self, n_samples: int | None = None, seed: int | None = None) -> Predictor:
+        """Return the K functions, by default those of :meth:`masks_for`."""
+        return sampled(self.potential, *self.masks_for(n_samples, seed))
+
     def masks_for(self, n_samples: int | None, seed: int | None) -> tuple[int, int]:
         """Return the number of samples and the seed to use: the first 16 masks of the training where None.
 
@@ -69,6 +80,56 @@ class TrainedModel:
                 stacklevel=3,
             )
         return n_samples, seed
+
+
+@dataclass
+class Committee:
+    """A deep ensemble: separately trained networks, each of which is one function.
+
+    Attributes:
+        members: at least two, of the same elements and cutoff.
+        calibration: of their spread; None where there is none.
+    """
+
+    members: Sequence[TrainedModel]
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        """Check that they fit together.
+
+        Raises:
+            ValueError: if there are fewer than two, or elements or cutoffs differ.
+        """
+        if len(self.members) < 2:
+            raise ValueError(f"a committee needs at least two models, got {len(self.members)}")
+        for name in ("elements", "cutoff"):
+            values = [getattr(member, name) for member in self.members]
+            if len(set(values)) > 1:
+                raise ValueError(f"the models of a committee must have the same {name}, got {values}")
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """The atomic numbers they know."""
+        return self.members[0].elements
+
+    @property
+    def cutoff(self) -> float:
+        """Of the neighbour lists [Å]."""
+        return self.members[0].cutoff
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.members[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.members[0].device
+
+    def predictor(self, n_samples: int | None = None, seed: int | None = None) -> Predictor:
+        """Return the functions; there are as many as members, whatever is asked for."""
+        return committee([member.potential for member in self.members])
 
 
 def default_samples(bank: int) -> int:
@@ -112,6 +173,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TrainedM
         raise ValueError(f"{path} has format {values['format']}, this forcedrop reads up to {FORMAT}: please update")
     potential = Potential(PotentialConfig.from_dict(values["config"]))
     potential.to(values["weights"]["hidden_bias"].dtype)
+    if "posterior" in values["weights"]:
+        potential.posterior = torch.empty_like(values["weights"]["posterior"])
     potential.load_state_dict(values["weights"])
     calibration = values["calibration"]
     return TrainedModel(

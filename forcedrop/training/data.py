@@ -50,7 +50,7 @@ def prepare_data(config: TrainConfig) -> Prepared:
     isolated, origin = isolated_energies(frames, given=config.data.isolated_atoms)
     frames = [f for f in frames if not (len(f) == 1 and not f.pbc.any())] or singles
     generator = torch.Generator().manual_seed(config.seed)
-    calibrate = config.data.calibration_fraction if config.trains_masks else 0.0
+    calibrate = config.data.calibration_fraction if config.gives_error_bars else 0.0
     if config.data.validation:
         validation, more = read_labelled(config.data.validation, config.data, elements)
         problems = problems + more

@@ -25,7 +25,6 @@ from forcedrop.structures import Frame
 from forcedrop.training.calibrate import calibrate
 from forcedrop.training.checkpoint import (
     TrainedModel,
-    default_samples,
     load_model,
     load_plain,
     save_atomically,
@@ -35,6 +34,7 @@ from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
 from forcedrop.training.parallel import World, joined, pick_device
+from forcedrop.training.posterior import fit_posterior
 from forcedrop.training.validate import Errors
 
 CHECKPOINT, MODEL, LOG = "last.pt", "model.pt", "log.csv"
@@ -182,7 +182,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     potential = trainer.potential.eval()
     model = TrainedModel(
         potential=potential,
-        bank=config.dropout.bank,
+        bank=config.dropout.bank if config.trains_masks else 0,
         bank_seed=config.dropout.bank_seed,
         provenance={
             "forcedrop": forcedrop.__version__,
@@ -200,10 +200,15 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
         },
     )
     save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
-    if data.split.calibration:
+    if config.posterior.frames:
+        potential.posterior = fit_posterior(
+            potential, trainer.graphs, trainer.validation, frames=config.posterior.frames
+        )
+        save_model(model, config.output / MODEL)
+    if data.split.calibration and potential.has_samples:
         held = build_graphs(data.split.calibration, config.model.cutoff, model.dtype, "calibration lists")
         try:
-            model.calibration = calibrate(model, held, default_samples(model.bank))
+            model.calibration = calibrate(model, held)
         except ValueError as error:
             raise ValueError(
                 f"{config.output / MODEL} was written, but could not be calibrated: {error}. Spreads of 0 mean that the "

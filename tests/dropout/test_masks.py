@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from forcedrop.dropout import edge_identity, edge_mask, feature_mask
+from forcedrop.dropout import edge_identity, edge_mask, feature_mask, normal_noise
 from forcedrop.testing import assert_unbiased_mask
 
 
@@ -33,6 +34,17 @@ def test_any_rate_seed_and_site(p: float, seed: int, site: str) -> None:
 def test_rate_outside(p: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         masks(p, 4)
+
+
+def test_noise_is_normal_and_a_function_of_seed_sample_and_site() -> None:
+    settings = {"seed": 0, "site": "a", "dtype": torch.float64}
+    noise = normal_noise(2000, samples=50, **settings)
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
+    correlation = np.corrcoef(noise.numpy())
+    assert np.abs(correlation - np.eye(50)).max() < 5 / 2000**0.5
+    assert torch.equal(normal_noise(2000, samples=[7, 3], **settings), noise[[7, 3]])
+    assert torch.equal(normal_noise(10, samples=50, **settings), noise[:, :10])
+    assert not torch.equal(normal_noise(10, samples=50, **{**settings, "site": "b"}), noise[:, :10])
 
 
 def test_bits_are_a_function_of_seed_sample_site_and_channel() -> None:

@@ -8,7 +8,7 @@ from ase.build import bulk
 
 from forcedrop.derive import VOIGT, Derived, derive, derive_samples
 from forcedrop.graph import pair_vectors
-from forcedrop.potential import DropoutRates, Potential, dropout_sites
+from forcedrop.potential import DropoutRates, Potential, require_samples
 from forcedrop.potential.layers import CentredMask
 from forcedrop.sampling import draw_masks, predict
 from forcedrop.testing import assert_conservative, assert_equivariant, assert_smooth
@@ -169,7 +169,7 @@ def test_no_site_no_error_bar() -> None:
     potential = make_potential(rates=DropoutRates(edge=0, message=0, update=0, readout=0))
     assert potential.sites == ()
     with pytest.raises(ValueError, match="no dropout site"):
-        dropout_sites(potential)
+        require_samples(potential)
     with pytest.raises(ValueError, match="no dropout site"):
         predict(potential, batch_of([ethanol()], 4.0), n_samples=4)
 

@@ -9,12 +9,14 @@ from tests.conftest import batch_of, ethanol, make_potential
 
 def test_a_model_comes_back_the_same(tmp_path) -> None:
     potential = make_potential(zbl=True)
-    calibration = Calibration(1.3, {"forces": 1.3}, 10, 16, {"max_force": [0.1, 0.2]})
+    potential.posterior = torch.randn(potential.n_readout, potential.n_readout, dtype=torch.float64)
+    calibration = Calibration(1.3, 0.5, 0.01, {"forces": 1.3}, 10, 16, {"max_force": [0.1, 0.2]})
     model = TrainedModel(potential, calibration, bank=8, bank_seed=5, provenance={"training_set": {"hash": "abc"}})
     save_model(model, tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")
     assert loaded.calibration == calibration
     assert (loaded.bank, loaded.bank_seed, loaded.provenance) == (8, 5, model.provenance)
+    assert torch.equal(loaded.potential.posterior, potential.posterior)
     assert loaded.elements == (1, 6, 8, 14, 29)
     batch = batch_of([ethanol()], 4.0)
     for a, b in zip(derive(potential, batch), derive(loaded.potential, batch), strict=True):

@@ -7,14 +7,17 @@ MINIMAL = {"output": "runs/x", "data": {"train": ["a.xyz"]}}
 
 
 def test_what_gives_error_bars() -> None:
-    assert parse_config(MINIMAL).trains_masks
-    assert parse_config({**MINIMAL, "stage_one": {"dropout": False}, "stage_two": {"epochs": 1}}).trains_masks
-    assert not parse_config({**MINIMAL, "dropout": NONE}).trains_masks
+    masks = {"dropout": {"readout": 0.3}}
+    assert parse_config({**MINIMAL, **masks}).trains_masks
+    assert parse_config({**MINIMAL, **masks, "stage_one": {"dropout": False}, "stage_two": {"epochs": 1}}).trains_masks
+    plain = parse_config(MINIMAL)
+    assert not plain.trains_masks
+    assert plain.gives_error_bars
+    assert not parse_config({**MINIMAL, "posterior": {"frames": 0}}).gives_error_bars
 
 
 def test_defaults() -> None:
     config = parse_config(MINIMAL)
-    assert config.dropout.readout > 0
     assert (
         config.dropout.bank > config.model.n_channels + config.model.n_hidden
     )  # else weights exist that no mask changes
@@ -33,7 +36,7 @@ def test_defaults() -> None:
         ({"precision": "half"}, "`precision`: .*float32"),
         ({"stage_two": {"samples": 300}}, "`stage_two.samples` must not exceed `dropout.bank`, got 300 of 256"),
         ({"dropout": NONE, "stage_two": {"epochs": 1}}, "nothing to sample"),
-        ({"stage_one": {"dropout": False}}, "no stage trains with masks"),
+        ({"dropout": {"update": 0.1}, "stage_one": {"dropout": False}}, "no stage trains with masks"),
     ],
 )
 def test_each_mistake_is_named(change: dict, message: str) -> None:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from ase import Atoms
 
+from forcedrop.evaluation import predict_frames
 from forcedrop.structures import BadFrames, Frame, write_frames
 from forcedrop.training import (
     ConfigError,
@@ -157,12 +158,20 @@ def test_bad_frames_stop_before_training_or_are_skipped(folder: Path) -> None:
     assert model.provenance["training_set"]["frames"] == 24 - 2 - 2  # a tenth to validate, a tenth to calibrate
 
 
-def test_a_plain_network_has_no_error_bars(folder: Path) -> None:
+def test_a_plain_network_has_error_bars_from_the_posterior_of_its_readouts_or_none(folder: Path) -> None:
     rates = {"edge": 0, "message": 0, "update": 0, "readout": 0}
-    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
-    model = train(parse_config(settings(folder, dropout=rates, **short)))
-    assert model.calibration is None
+    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}, "dropout": rates}
+    model = train(parse_config(settings(folder, **short)))
     assert model.potential.sites == ()
+    assert model.bank == 0
+    assert model.calibration is not None
+    found = predict_frames(model, emt_frames(2, seed=9))
+    for p in found:
+        assert (p.sigma["forces"] > 0).all()
+        np.testing.assert_allclose(p.mean["forces"], p.plain["forces"], atol=1e-9)
+    without = train(parse_config(settings(folder, **short, posterior={"frames": 0}, output=str(folder / "none"))))
+    assert without.calibration is None
+    assert not without.potential.has_samples
 
 
 def test_frames_train_on_the_labels_they_have(folder: Path) -> None:
@@ -200,7 +209,7 @@ def test_a_model_that_cannot_be_calibrated_is_not_lost(folder: Path, monkeypatch
             potential.layers[1].update.species.weight.data.zero_()
 
     monkeypatch.setattr(Trainer, "run_step", killed)
-    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}, "posterior": {"frames": 0}}
     with pytest.raises(
         ValueError, match=r"model\.pt was written, but could not be calibrated: \d+ of \d+ spreads are 0"
     ):

@@ -1,0 +1,155 @@
+r"""Which error bars are honest away from the data? Chosen on a domain that is held out of a training set, never on a test set.
+
+    python benchmarks/honesty.py            # what is not in the results yet: about a minute a training on one CPU core
+    python benchmarks/honesty.py --only "dropout" "posterior"
+
+The 500 frames of ethanol at 300 K (``data``) are sorted by energy. Networks learn 150 of the coldest 260, are validated on 30 and
+calibrated on 40 others, and judged on the 40 cold ones that are left and on the hottest 150. Each variant is one recipe with
+one thing changed. Writes ``benchmarks/results/honesty.json`` after each and draws ``honesty.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, environment, read_results, write_results
+
+from forcedrop.calibration import Calibration
+from forcedrop.evaluation import Evaluation, compare
+from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
+from forcedrop.structures import Frame, read_frames, write_frames
+from forcedrop.training import Committee, TrainedModel, load_config, load_model, parse_config, train
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "honesty"
+SEED, EPOCHS = 0, 80
+NONE = {"edge": 0.0, "message": 0.0, "update": 0.0, "readout": 0.0}
+MILD = {"update": 0.1, "readout": 0.3}
+STRONG = {"message": 0.2, "update": 0.2, "readout": 0.5}
+LATE = {"stage_one": {"epochs": EPOCHS - 16, "dropout": False}, "stage_two": {"epochs": 16, "samples": 4}}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to error bars: what is trained, and what is made of it.
+
+    Attributes:
+        changes: of the training file.
+        seeds: one network a seed.
+        finish: from the trained networks to what is judged.
+        n_samples: K of the prediction.
+    """
+
+    changes: dict[str, Any]
+    finish: Callable[[list[TrainedModel]], TrainedModel | Committee] = field(default=lambda models: models[0])
+    seeds: Sequence[int] = (0,)
+    n_samples: int = 16
+
+
+def masks_alone(models: list[TrainedModel]) -> TrainedModel:
+    """Take the posterior away."""
+    models[0].potential.posterior = None
+    return models[0]
+
+
+VARIANTS = {
+    "posterior": Variant({"dropout": NONE}),
+    "posterior, 64 samples": Variant({"dropout": NONE}, n_samples=64),
+    "dropout": Variant({"dropout": NONE | MILD}, masks_alone),
+    "dropout, 64 samples": Variant({"dropout": NONE | MILD}, masks_alone, n_samples=64),
+    "dropout and posterior": Variant({"dropout": NONE | MILD}),
+    "strong dropout": Variant({"dropout": NONE | STRONG}, masks_alone),
+    "strong dropout, bank of 16": Variant({"dropout": NONE | STRONG | {"bank": 16}}, masks_alone),
+    "likelihood after plain training": Variant({"dropout": NONE | MILD | {"bank": 16}, **LATE}, masks_alone),
+    "likelihood, strong dropout": Variant({"dropout": NONE | STRONG | {"bank": 16}, **LATE}, masks_alone),
+    "deep ensemble of 5": Variant({"dropout": NONE}, Committee, seeds=range(5)),
+}
+
+
+def main() -> None:
+    """Run what is not in the results yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="some variants")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sets = split()
+    found: dict[str, dict[str, Evaluation]] = {}
+    for name in arguments.only or VARIANTS:
+        variant = VARIANTS[name]
+        start = time.perf_counter()
+        models = [trained(variant.changes, seed, sets) for seed in variant.seeds]
+        minutes = sum(m.provenance["training_seconds"] for m in models) / 60
+        model = variant.finish(models)
+        judged = {name: sets[name] for name in ("cold", "hot")}
+        found |= compare({name: model}, judged, sets["calibration"], n_samples=variant.n_samples)
+        one = one_factor(found[name], model, sets, variant.n_samples)
+        rows = comparison_rows({name: found[name], f"{name}; one factor": one})
+        print(comparison_table(rows), f"({time.perf_counter() - start:.0f} s)", flush=True)
+        results = read_results("honesty")
+        results.setdefault("rows", {})[name] = {"training_minutes": round(minutes, 2), "judged": rows}
+        write_results("honesty", results | {"environment": environment(SEED)})
+    shown = {name: found[name] for name in ("posterior", "dropout", "deep ensemble of 5") if name in found}
+    if len(shown) == 3:
+        save_figure(comparison_figure(shown), RESULTS / "honesty.png")
+
+
+def split() -> dict[str, list[Frame]]:
+    """Return training, validation, calibration, cold and hot frames."""
+    frames = read_frames(ROOT / "data" / "ethanol_300K.h5")
+    order = np.argsort([f.energy for f in frames])
+    cold = np.random.default_rng(SEED).permutation(order[:260])
+    parts = np.split(cold, [150, 180, 220])
+    places = dict(zip(("train", "validation", "calibration", "cold"), parts, strict=True)) | {"hot": order[-150:]}
+    return {name: [frames[i] for i in chosen] for name, chosen in places.items()}
+
+
+def trained(changes: dict[str, Any], seed: int, sets: dict[str, list[Frame]]) -> TrainedModel:
+    """Return the trained network of a variant; trainings that are there already are not repeated."""
+    values = load_config(ROOT / "examples" / "configs" / "ethanol.yaml").model_dump(mode="json", exclude_unset=True)
+    values |= {"seed": seed, "stage_one": {"epochs": EPOCHS}} | changes
+    values["data"] = {
+        "train": [str(RUNS / "train.h5")],
+        "validation": [str(RUNS / "validation.h5")],
+        "calibration_fraction": 0.0,
+        "isolated_atoms": str(ROOT / "data" / "ethanol_atoms.h5"),
+    }
+    config = parse_config(values | {"output": "nowhere"})
+    folder = RUNS / f"{abs(hash_of(config.model_dump_json()))}"
+    if not (folder / "model.pt").exists():
+        for name in ("train", "validation"):
+            if not (RUNS / f"{name}.h5").exists():
+                write_frames(RUNS / f"{name}.h5", sets[name])
+        config = config.model_copy(update={"output": folder})
+        train(config, resume=(folder / "last.pt").exists())
+    return load_model(folder / "model.pt")
+
+
+def hash_of(text: str) -> int:
+    """Return a number that depends on the text alone."""
+    import zlib
+
+    return zlib.crc32(text.encode())
+
+
+def one_factor(
+    found: dict[str, Evaluation], model: TrainedModel | Committee, sets: dict[str, list[Frame]], n_samples: int
+) -> dict[str, Evaluation]:
+    """Return the same with one factor for all spreads (γ = 0), fitted on the same frames."""
+    judged = {what: sets[what] for what in ("calibration", "cold", "hot")}
+    raw = compare({"raw": replace(model, calibration=Calibration(1.0))}, judged, n_samples=n_samples)["raw"]
+    z2 = float(np.mean((raw["calibration"].error["forces"] / raw["calibration"].sigma["forces"]) ** 2))
+    return {
+        what: replace(raw[what], sigma={name: s * z2**0.5 for name, s in raw[what].sigma.items()})
+        for what in ("cold", "hot")
+    }
+
+
+if __name__ == "__main__":
+    main()

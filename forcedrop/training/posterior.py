@@ -1,0 +1,124 @@
+r"""The posterior of the readouts: how far the last linear weights could move without the training data noticing.
+
+The energy is linear in the F readout weights w, so for Gaussian errors the posterior is Gaussian with precision
+
+.. math:: H = \sum_{frames} \frac{J_E J_E^T}{N\,\sigma_E^2} + \frac{J_F J_F^T}{\sigma_F^2} + \epsilon\,\bar\lambda\,1,
+
+:math:`J = \partial(\text{energy, forces})/\partial w`, σ the root mean square errors on frames that did not train (energies
+per √N); the last term is the prior, of the variance that the trained weights have. Source: the last-layer Laplace
+approximation (Daxberger et al., NeurIPS 2021, arXiv 2106.14806), for potentials Bigi, Chong, Ceriotti & Grasselli, Mach. Learn.:
+Sci. Technol. 5, 045018 (2024). Samples of it are potentials; the spread of their forces grows where features do that the
+training data did not hold fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+from tqdm import tqdm
+
+from forcedrop.derive import Derived, derive, derive_samples
+from forcedrop.graph import AtomicGraph, batch_graphs
+from forcedrop.potential import READOUT_SHIFT, Potential
+
+FRAMES = 100
+"""Training frames, evenly chosen, that the precision is summed over; then it is scaled to all."""
+CHUNK = 32
+BATCH_ATOMS = 256
+
+
+def fit_posterior(
+    potential: Potential,
+    graphs: Sequence[AtomicGraph],
+    held: Sequence[AtomicGraph],
+    *,
+    frames: int = FRAMES,
+    quiet: bool = False,
+) -> Tensor:
+    """Return a root R of the posterior's covariance, R Rᵀ = H⁻¹, shape (F, F), in the network's unit of weights.
+
+    Args:
+        potential: a trained network.
+        graphs: what trained it, labelled.
+        held: labelled frames that did not, for σ.
+        frames: how many of ``graphs`` to use.
+        quiet: without a progress bar.
+
+    Raises:
+        ValueError: if ``held`` has neither energies nor forces.
+    """
+    sigma_energy, sigma_forces = _held_errors(potential, held)
+    step = max(1, len(graphs) // frames)
+    chosen = list(graphs[::step])
+    precision = torch.zeros(potential.n_readout, potential.n_readout, dtype=torch.float64)
+    batches = list(_groups(chosen))
+    for group in tqdm(batches, desc="posterior of the readouts", unit="batch", leave=False, disable=quiet):
+        batch = batch_graphs(group).to(potential.hidden_bias.device)
+        energy, forces = jacobian(potential, batch)
+        if sigma_energy > 0:
+            root_n = batch.ptr.diff().double().sqrt().cpu()
+            rows = energy[:, batch.has_energy.cpu()] / (root_n[batch.has_energy.cpu()] * sigma_energy)
+            precision += rows @ rows.T
+        if sigma_forces > 0:
+            rows = forces[:, batch.has_forces[batch.batch].cpu()].flatten(1) / sigma_forces
+            precision += rows @ rows.T
+    precision *= len(graphs) / len(chosen)
+    identity = torch.eye(len(precision), dtype=torch.float64)
+    lower = torch.linalg.cholesky(precision + identity / readout_weights(potential).square().mean())
+    root = torch.linalg.solve_triangular(lower, identity, upper=False).T  # H⁻¹ = L⁻ᵀ L⁻¹
+    return root.to(potential.hidden_bias)
+
+
+def readout_weights(potential: Potential) -> Tensor:
+    """Return the weights of all readouts, shape (F,), float64, on the CPU."""
+    readouts: Any = [*potential.readouts, potential.output]
+    return torch.cat([readout.weight.detach().flatten() for readout in readouts]).double().cpu()
+
+
+def jacobian(potential: Potential, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of energies and forces by the readout weights, (F, B) and (F, N, 3), float64, on the CPU.
+
+    Both are linear in the weights: what a shift by a unit vector adds is the derivative.
+    """
+    base = derive(potential, batch)
+    unit = torch.eye(potential.n_readout, dtype=batch.pos.dtype, device=batch.pos.device)
+    energy, forces = [], []
+    with torch.no_grad():
+        for rows in unit.split(CHUNK):
+            moved: Derived = derive_samples(potential, batch, {READOUT_SHIFT: rows})
+            energy.append((moved.energy - base.energy).double().cpu())
+            forces.append((moved.forces - base.forces).double().cpu())
+    return torch.cat(energy), torch.cat(forces)
+
+
+def _held_errors(potential: Potential, held: Sequence[AtomicGraph]) -> tuple[float, float]:
+    """Return the root mean square errors of energies per √N [eV] and of force components [eV/Å]; 0 where there is no label."""
+    energies: list[Tensor] = []
+    forces: list[Tensor] = []
+    for group in _groups(held):
+        batch = batch_graphs(group).to(potential.hidden_bias.device)
+        found = derive(potential, batch)
+        root_n = batch.ptr.diff().double().sqrt()
+        energies.append(((found.energy - batch.energy) / root_n)[batch.has_energy])
+        forces.append((found.forces - batch.forces)[batch.has_forces[batch.batch]].flatten())
+    energy, force = (float(torch.cat(x).double().square().mean().sqrt().nan_to_num()) for x in (energies, forces))
+    if not energy and not force:
+        raise ValueError("the posterior of the readouts needs held-out frames with energies or forces")
+    return energy, force
+
+
+def _groups(graphs: Sequence[AtomicGraph]) -> list[list[AtomicGraph]]:
+    """Cut graphs into groups of at most ``BATCH_ATOMS`` atoms."""
+    groups: list[list[AtomicGraph]] = []
+    size = 0
+    for graph in graphs:
+        if not groups or size + graph.num_nodes > BATCH_ATOMS:
+            groups.append([])
+            size = 0
+        groups[-1].append(graph)
+        size += graph.num_nodes
+    return groups
