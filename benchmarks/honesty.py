@@ -11,7 +11,9 @@ one thing changed. Writes ``benchmarks/results/honesty.json`` after each and dra
 from __future__ import annotations
 
 import argparse
+import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,22 +122,13 @@ def trained(changes: dict[str, Any], seed: int, sets: dict[str, list[Frame]]) ->
         "calibration_fraction": 0.0,
         "isolated_atoms": str(ROOT / "data" / "ethanol_atoms.h5"),
     }
-    config = parse_config(values | {"output": "nowhere"})
-    folder = RUNS / f"{abs(hash_of(config.model_dump_json()))}"
+    folder = RUNS / f"{zlib.crc32(json.dumps([changes, seed]).encode())}"
     if not (folder / "model.pt").exists():
         for name in ("train", "validation"):
             if not (RUNS / f"{name}.h5").exists():
                 write_frames(RUNS / f"{name}.h5", sets[name])
-        config = config.model_copy(update={"output": folder})
-        train(config, resume=(folder / "last.pt").exists())
+        train(parse_config(values | {"output": str(folder)}), resume=(folder / "last.pt").exists())
     return load_model(folder / "model.pt")
-
-
-def hash_of(text: str) -> int:
-    """Return a number that depends on the text alone."""
-    import zlib
-
-    return zlib.crc32(text.encode())
 
 
 def one_factor(

@@ -286,8 +286,8 @@ def comparison_figure(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> Fi
         row[0].plot([0, 1], [0, 1], color=_GREY, lw=0.8)
         ends: list[float] = []
         for model, found in evaluations.items():
-            error, sigma = found[name].error["forces"], found[name].sigma["forces"]
-            used = (sigma > 1e-12) & (np.abs(error) > 1e-12)
+            error, sigma = 1e3 * found[name].error["forces"], 1e3 * found[name].sigma["forces"]
+            used = (sigma > 1e-9) & (np.abs(error) > 1e-9)
             error, sigma = error[used], sigma[used]
             row[0].plot(*calibration_curve(error, sigma), lw=1.2, label=model)
             parts = np.array_split(np.argsort(sigma), 15)
@@ -298,7 +298,13 @@ def comparison_figure(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> Fi
             ends += [x[0], x[-1]]
         row[1].plot([min(ends), max(ends)], [min(ends), max(ends)], color=_GREY, lw=0.8)
         row[0].set(xlabel="expected share inside the interval", ylabel="observed share", title=name)
-        row[1].set(xscale="log", yscale="log", xlabel="σ of force components [eV/Å]", ylabel="RMSE in bins of σ [eV/Å]")
+        row[1].set(
+            xscale="log", yscale="log", xlabel="σ of force components [meV/Å]", ylabel="RMSE in bins of σ [meV/Å]"
+        )
+        for axis in (row[1].xaxis, row[1].yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
         row[1].legend(fontsize=8)
     return figure
 

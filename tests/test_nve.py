@@ -12,7 +12,8 @@ from forcedrop import DropoutCalculator, load_model, read_frames, run_md
 from forcedrop.derive import derive
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.md import energy_drift
-from forcedrop.sampling import draw_masks
+from forcedrop.potential import READOUT_SHIFT
+from forcedrop.sampling import draw_masks, draw_shifts
 from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel
 
@@ -41,7 +42,7 @@ def test_the_mean_conserves_energy(model: TrainedModel, start: Frame, tmp_path: 
 
 
 def test_every_sample_conserves_energy(model: TrainedModel, start: Frame) -> None:
-    """Each of K molecules moves in the potential of its own mask, all at once."""
+    """Each of K molecules moves in the potential of its own draw, all at once."""
     potential, finder = model.potential, NeighbourFinder(model.potential.config.cutoff)
     mass = np.tile(atomic_masses[start.z], SAMPLES)[:, None]
     velocity = np.random.default_rng(0).normal(size=(len(mass), 3)) * np.sqrt(units.kB * 300 / mass)
@@ -49,7 +50,10 @@ def test_every_sample_conserves_energy(model: TrainedModel, start: Frame) -> Non
     def evaluate(pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = [Frame(**{**vars(start), "pos": part}) for part in np.split(pos, SAMPLES)]
         batch = batch_graphs([build_graph(image, finder, model.dtype) for image in images])
+        shifts = draw_shifts(potential, model.bank_seed, SAMPLES)
+        assert shifts is not None
         masks = {name: m[batch.batch] for name, m in draw_masks(potential, batch, model.bank_seed, SAMPLES).items()}
+        masks[READOUT_SHIFT] = shifts[batch.batch]
         out = derive(potential, batch, masks)
         return out.energy.numpy(), out.forces.double().numpy()
 

@@ -54,7 +54,7 @@ def test_commands(checkout: Path) -> None:
 def test_training_file() -> None:
     (text,) = blocks("yaml")
     config = parse_config(yaml.safe_load(text))
-    assert config.trains_masks
+    assert config.gives_error_bars
     for line in "\n".join(blocks("text")).splitlines():
         assert CliRunner().invoke(app, [line.split()[1], "--help"]).exit_code == 0, line
 

@@ -99,7 +99,7 @@ class PotentialConfig:
 
 
 READOUT_SHIFT = "readout.shift"
-"""Name, among the masks, of what a sample adds to the weights of the readouts, shape (F,)."""
+"""Name, among the masks, of what a sample adds to the weights of the readouts, shape (F,) or (N, F)."""
 
 
 class Site(NamedTuple):
@@ -121,7 +121,7 @@ class GraphInputs(NamedTuple):
 
 
 Masks = Mapping[str, Tensor]
-"""Site name → mask: (C,) or (N, C) for channels, (N, M) for edges."""
+"""Site name → mask: (C,) or (N, C) for channels, (N, M) for edges; ``READOUT_SHIFT`` → (F,) or (N, F)."""
 
 
 class Layer(nn.Module):
@@ -265,7 +265,7 @@ class Potential(nn.Module):
         hidden = self.mask(hidden, one_hot, masks.get("readout.hidden"))
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0]
         if READOUT_SHIFT in masks:
-            energy = energy + torch.cat([*features, hidden], dim=-1) @ masks[READOUT_SHIFT]
+            energy = energy + (torch.cat([*features, hidden], dim=-1) * masks[READOUT_SHIFT]).sum(-1)
         energy = energy * self.energy_scale
         if self.zbl is not None:
             energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
