@@ -173,8 +173,8 @@ def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dic
 
     recipe = load_config(ROOT / "examples" / "configs" / "3bpa.yaml").model_dump(mode="json", exclude_unset=True)
     recipe["data"] = {"train": [str(data)], "isolated_atoms": {chemical_symbols[z]: e for z, e in ISOLATED.items()}}
-    if not dropout:
-        recipe["dropout"] = dict.fromkeys(("edge", "message", "update", "readout"), 0.0)
+    if dropout:
+        recipe["dropout"] = {"update": 0.1, "readout": 0.3}
     config = parse_config({**recipe, "device": "cpu"} | ({"compile": True} if compiled else {}))
     trainer = build_trainer(config, prepare_data(config))
     batches = cycle(list(trainer.batches()))
