@@ -134,7 +134,9 @@ class StageTwoSection(_Section):
 class PosteriorSection(_Section):
     """After training: a Gaussian posterior of the readout weights, from which every sample draws its own."""
 
-    frames: int = Field(100, ge=0, description="training frames it is summed over; 0 leaves it out")
+    frames: int = Field(
+        100, ge=0, description="most training frames it is summed over (fewer of large ones); 0 leaves it out"
+    )
 
 
 class TrainConfig(_Section):

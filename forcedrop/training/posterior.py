@@ -27,6 +27,8 @@ from forcedrop.potential import READOUT_SHIFT, Potential
 
 FRAMES = 100
 """Training frames, evenly chosen, that the precision is summed over; then it is scaled to all."""
+ATOMS = 4000
+"""Of these at most so many that they have about as many atoms together: three force rows each, for a few hundred weights."""
 CHUNK = 32
 BATCH_ATOMS = 256
 
@@ -52,8 +54,7 @@ def fit_posterior(
         ValueError: if ``held`` has neither energies nor forces.
     """
     sigma_energy, sigma_forces = _held_errors(potential, held)
-    step = max(1, len(graphs) // frames)
-    chosen = list(graphs[::step])
+    chosen = _evenly(graphs, frames)
     precision = torch.zeros(potential.n_readout, potential.n_readout, dtype=torch.float64)
     batches = list(_groups(chosen))
     for group in tqdm(batches, desc="posterior of the readouts", unit="batch", leave=False, disable=quiet):
@@ -109,6 +110,13 @@ def _held_errors(potential: Potential, held: Sequence[AtomicGraph]) -> tuple[flo
     if not energy and not force:
         raise ValueError("the posterior of the readouts needs held-out frames with energies or forces")
     return energy, force
+
+
+def _evenly(graphs: Sequence[AtomicGraph], frames: int) -> list[AtomicGraph]:
+    """Return graphs at even distances, as many as ``frames`` and ``ATOMS`` allow, at least ten."""
+    mean = sum(graph.num_nodes for graph in graphs) / len(graphs)
+    n = min(len(graphs), frames, max(10, round(ATOMS / mean)))
+    return [graphs[k * len(graphs) // n] for k in range(n)]
 
 
 def _groups(graphs: Sequence[AtomicGraph]) -> list[list[AtomicGraph]]:

@@ -9,6 +9,7 @@ from forcedrop.derive import derive, derive_samples
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.potential import READOUT_SHIFT, DropoutRates, Potential
 from forcedrop.sampling import draw_shifts, predict
+from forcedrop.training import posterior
 from forcedrop.training.posterior import fit_posterior, jacobian, readout_weights
 from tests.conftest import batch_of, emt_frames, ethanol, make_potential
 
@@ -79,6 +80,20 @@ def test_half_of_the_frames_stand_for_all() -> None:
     whole = fit_posterior(potential, [g for g in some for _ in range(2)], held, quiet=True)
     half = fit_posterior(potential, [g for g in some for _ in range(2)], held, frames=3, quiet=True)
     torch.testing.assert_close(half @ half.T, whole @ whole.T, rtol=1e-4, atol=1e-9)
+
+
+def test_frames_are_evenly_chosen_and_bounded_by_their_atoms(monkeypatch) -> None:
+    some = graphs(30, seed=0)
+
+    def numbers(frames: int) -> list[int]:
+        return [[g is other for other in some].index(True) for g in posterior._evenly(some, frames)]
+
+    assert numbers(3) == [0, 10, 20]
+    assert numbers(100) == list(range(30))
+    monkeypatch.setattr(posterior, "ATOMS", 4 * 15)
+    assert numbers(100) == list(range(0, 30, 2))
+    monkeypatch.setattr(posterior, "ATOMS", 4)
+    assert len(numbers(100)) == 10
 
 
 def test_samples_have_the_spread_of_the_covariance() -> None:
