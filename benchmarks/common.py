@@ -55,3 +55,9 @@ def read_results(name: str) -> dict[str, Any]:
     """Return what ``benchmarks/results/NAME.json`` holds, nothing if it is not there."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a training file's values with others in their place; sections are merged key by key."""
+    merged = {k: values.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
+    return values | merged

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from ase import units
-from common import environment, read_results, write_results
+from common import environment, read_results, with_changes, write_results
 
 from forcedrop.evaluation import predict_frames
 from forcedrop.structures import read_frames
@@ -59,8 +59,7 @@ def recipe(element: str, data: Path) -> TrainConfig:
     """Return the shipped recipe with the element's own training file."""
     file, changes = RECIPES[element]
     values = load_config(ROOT / "examples" / "configs" / file).model_dump(mode="json", exclude_unset=True)
-    for section, change in changes.items():
-        values[section] = values.get(section, {}) | change
+    values = with_changes(values, changes)
     values["data"]["train"] = [str(data / f"{element}_train.xyz")]
     return parse_config({**values, "output": str(ROOT / "runs" / "mlearn" / element)})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, read_results, write_results
+from common import environment, read_results, with_changes, write_results
 from race import DROPOUT, ROOT, race_config
 
 from forcedrop.derive import derive
@@ -23,7 +23,7 @@ from forcedrop.training import TrainConfig, parse_config
 from forcedrop.training.data import prepare_data
 from forcedrop.training.run import build_trainer
 
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "dropout": {"dropout": DROPOUT},
     "dropout, a bank of 16 masks": {"dropout": DROPOUT | {"bank": 16}},
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "messages up to l = 1": {"model": {"l_message": 1}},
     "32 channels": {"model": {"n_channels": 32}},
     "10 radial functions": {"model": {"n_radial": 10}},
-    "batches of 2": {"top": {"batch_size": 2}},
+    "batches of 2": {"batch_size": 2},
 }
 
 
@@ -56,15 +56,10 @@ def main() -> None:
         write_results("recipe", {"environment": environment(0), "variants": rows | {name: row}})
 
 
-def variant(changes: dict[str, dict[str, Any]], data: Path, epochs: int) -> TrainConfig:
+def variant(changes: dict[str, Any], data: Path, epochs: int) -> TrainConfig:
     """Return the shipped recipe on the race's split with one thing changed."""
     values = race_config("plain", data).model_dump(mode="json", exclude_unset=True)
-    for section, change in changes.items():
-        if section == "top":
-            values |= change
-        else:
-            values[section] = values.get(section, {}) | change
-    return parse_config(values | {"stage_one": {"epochs": epochs}})
+    return parse_config(with_changes(values, changes) | {"stage_one": {"epochs": epochs}})
 
 
 def run(config: TrainConfig) -> dict[str, float]:

@@ -165,6 +165,7 @@ def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dic
 
     from ase.data import chemical_symbols
     from ase.io import read
+    from race import DROPOUT
 
     from forcedrop.calculator import DropoutCalculator
     from forcedrop.training import TrainedModel, load_config, parse_config
@@ -174,7 +175,7 @@ def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dic
     recipe = load_config(ROOT / "examples" / "configs" / "3bpa.yaml").model_dump(mode="json", exclude_unset=True)
     recipe["data"] = {"train": [str(data)], "isolated_atoms": {chemical_symbols[z]: e for z, e in ISOLATED.items()}}
     if dropout:
-        recipe["dropout"] = {"update": 0.1, "readout": 0.3}
+        recipe["dropout"] = DROPOUT
     config = parse_config({**recipe, "device": "cpu"} | ({"compile": True} if compiled else {}))
     trainer = build_trainer(config, prepare_data(config))
     batches = cycle(list(trainer.batches()))

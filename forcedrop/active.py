@@ -79,8 +79,7 @@ def flag(
     values = np.empty(len(frames))
     judged = []
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
-        sigma = p.std if p.sigma is None else p.sigma
-        criteria = frame_criteria(sigma["forces"], float(sigma["energy"]))
+        criteria = frame_criteria(p.error_bars["forces"], float(p.error_bars["energy"]))
         values[index] = criteria[criterion]
         noted = with_uncertainties(frame, p)
         info = {

@@ -134,7 +134,7 @@ def evaluate(
             reference = np.ravel(label) / per
             values = (
                 np.ravel(p.mean[name]) / per,
-                np.ravel((p.std if p.sigma is None else p.sigma)[name]) / per,
+                np.ravel(p.error_bars[name]) / per,
                 np.ravel(p.plain[name]) / per,
             )
             row = (reference, values[0] - reference, values[1], values[2] - reference)

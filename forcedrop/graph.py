@@ -161,3 +161,16 @@ def pair_vectors(batch: Batch, pad: float) -> Tensor:
     vec = batch.pos[batch.nbr] - batch.pos[:, None] + offset
     empty = torch.cat([vec.new_full((1,), pad), vec.new_zeros(2)])  # made on the device: no waiting for a copy
     return torch.where(batch.nbr_used[..., None], vec, empty)
+
+
+def group_by_atoms(graphs: Sequence[AtomicGraph], most: int) -> list[list[AtomicGraph]]:
+    """Cut graphs, in order, into groups of at most ``most`` atoms; a larger graph is alone."""
+    groups: list[list[AtomicGraph]] = []
+    size = 0
+    for graph in graphs:
+        if not groups or size + graph.num_nodes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(graph)
+        size += graph.num_nodes
+    return groups

@@ -13,7 +13,7 @@ from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived, derive, derive_samples
 from forcedrop.dropout import edge_mask, feature_mask, normal_noise
-from forcedrop.graph import AtomicGraph, batch_graphs
+from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms
 from forcedrop.potential import READOUT_SHIFT, Potential, require_samples
 
 
@@ -145,6 +145,11 @@ class FramePrediction:
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     sigma: dict[str, np.ndarray] | None = None
 
+    @property
+    def error_bars(self) -> dict[str, np.ndarray]:
+        """σ by property; without a calibration the raw standard deviations."""
+        return self.std if self.sigma is None else self.sigma
+
 
 class Predictor(Protocol):
     """Anything that has K functions: what errors, calibration and comparisons need of it."""
@@ -185,17 +190,12 @@ def predict_graphs(
     batch_atoms: int = 256,
 ) -> Iterator[FramePrediction]:
     """Yield the prediction for each graph, in order; as many structures at once as fit in ``batch_atoms``."""
-    group: list[AtomicGraph] = []
-    for index, graph in enumerate(graphs):
-        group.append(graph)
-        following = graphs[index + 1].num_nodes if index + 1 < len(graphs) else batch_atoms
-        if sum(g.num_nodes for g in group) + following > batch_atoms:
-            batch = batch_graphs(group).to(device)
-            prediction, plain = predictor(batch)
-            parts = [_split(values, batch) for values in (prediction.mean, prediction.std, plain, prediction.samples)]
-            for mean, std, single, samples in zip(*parts, strict=True):
-                yield FramePrediction(mean, std, single, samples)
-            group = []
+    for group in group_by_atoms(graphs, batch_atoms):
+        batch = batch_graphs(group).to(device)
+        prediction, plain = predictor(batch)
+        parts = [_split(values, batch) for values in (prediction.mean, prediction.std, plain, prediction.samples)]
+        for mean, std, single, samples in zip(*parts, strict=True):
+            yield FramePrediction(mean, std, single, samples)
 
 
 def _split(values: Derived, batch: Batch) -> list[dict[str, np.ndarray]]:

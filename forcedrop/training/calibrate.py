@@ -50,9 +50,8 @@ def calibrate(
     scales = {name: fit_scale(*pair) for name, pair in entries.items() if pair is not None}
     criteria = [frame_criteria(s["forces"], float(s["energy"])) for s in sigma]
     levels = {name: sorted(frame[name] for frame in criteria) for name in CRITERIA}
-    return Calibration(
-        scale, exponent, reference, scales, len(graphs), n_samples or len(found[0].samples["energy"]), levels
-    )
+    k = len(found[0].samples["energy"])
+    return Calibration(scale, exponent, reference, scales, len(graphs), k, levels)
 
 
 def _entries(

@@ -22,7 +22,7 @@ from torch_geometric.data import Batch
 from tqdm import tqdm
 
 from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.graph import AtomicGraph, batch_graphs
+from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms
 from forcedrop.potential import READOUT_SHIFT, Potential
 
 FRAMES = 100
@@ -56,7 +56,7 @@ def fit_posterior(
     sigma_energy, sigma_forces = _held_errors(potential, held)
     chosen = _evenly(graphs, frames)
     precision = torch.zeros(potential.n_readout, potential.n_readout, dtype=torch.float64)
-    batches = list(_groups(chosen))
+    batches = group_by_atoms(chosen, BATCH_ATOMS)
     for group in tqdm(batches, desc="posterior of the readouts", unit="batch", leave=False, disable=quiet):
         batch = batch_graphs(group).to(potential.hidden_bias.device)
         energy, forces = jacobian(potential, batch)
@@ -100,7 +100,7 @@ def _held_errors(potential: Potential, held: Sequence[AtomicGraph]) -> tuple[flo
     """Return the root mean square errors of energies per √N [eV] and of force components [eV/Å]; 0 where there is no label."""
     energies: list[Tensor] = []
     forces: list[Tensor] = []
-    for group in _groups(held):
+    for group in group_by_atoms(held, BATCH_ATOMS):
         batch = batch_graphs(group).to(potential.hidden_bias.device)
         found = derive(potential, batch)
         root_n = batch.ptr.diff().double().sqrt()
@@ -117,16 +117,3 @@ def _evenly(graphs: Sequence[AtomicGraph], frames: int) -> list[AtomicGraph]:
     mean = sum(graph.num_nodes for graph in graphs) / len(graphs)
     n = min(len(graphs), frames, max(10, round(ATOMS / mean)))
     return [graphs[k * len(graphs) // n] for k in range(n)]
-
-
-def _groups(graphs: Sequence[AtomicGraph]) -> list[list[AtomicGraph]]:
-    """Cut graphs into groups of at most ``BATCH_ATOMS`` atoms."""
-    groups: list[list[AtomicGraph]] = []
-    size = 0
-    for graph in graphs:
-        if not groups or size + graph.num_nodes > BATCH_ATOMS:
-            groups.append([])
-            size = 0
-        groups[-1].append(graph)
-        size += graph.num_nodes
-    return groups
