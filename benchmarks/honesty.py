@@ -24,7 +24,7 @@ import torch
 from common import RESULTS, environment, read_results, write_results
 from race import DROPOUT
 
-from forcedrop.calibration import Calibration
+from forcedrop.calibration import Calibration, Growth
 from forcedrop.evaluation import Evaluation, compare
 from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
 from forcedrop.structures import Frame, read_frames, write_frames
@@ -136,7 +136,7 @@ def one_factor(
 ) -> dict[str, Evaluation]:
     """Return the same with one factor for all spreads (γ = 0), fitted on the same frames."""
     judged = {what: sets[what] for what in ("calibration", "cold", "hot")}
-    raw = compare({"raw": replace(model, calibration=Calibration(1.0))}, judged, n_samples=n_samples)["raw"]
+    raw = compare({"raw": replace(model, calibration=Calibration(Growth(1.0)))}, judged, n_samples=n_samples)["raw"]
     z2 = float(np.mean((raw["calibration"].error["forces"] / raw["calibration"].sigma["forces"]) ** 2))
     return {
         what: replace(raw[what], sigma={name: s * z2**0.5 for name, s in raw[what].sigma.items()})

@@ -15,6 +15,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Batch
 
+from forcedrop.calibration import force_covariance
 from forcedrop.derive import Derived, derive
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.potential import require_samples
@@ -33,7 +34,8 @@ class DropoutCalculator(Calculator):
     the K samples; ``X_std``, their raw standard deviation (ddof 1); ``X_uncertainty``, the calibrated standard deviation
     expected against the reference method, for a model that carries a calibration; and with ``keep_samples`` ``X_ensemble``,
     sample axis first, calibrated about the mean. X is energy, energies, forces, stress; the pressure (−⅓ tr stress) has a
-    spread and an uncertainty too, those of the samples' pressures, for its components err together.
+    spread and an uncertainty too, those of the samples' pressures, for its components err together. ``forces_covariance``
+    [eV²/Å²], shape (N, 3, 3), is each atom's, of the calibrated samples: the one entry that is not a σ.
 
     The masks are fixed for the life of the calculator by (``seed``, ``n_samples``): every call is the same smooth function, so
     dynamics conserve energy and runs are reproducible.
@@ -62,6 +64,7 @@ class DropoutCalculator(Calculator):
         *_VALUES,
         "free_energy",
         *(f"{name}_{kind}" for name in _VALUES for kind in ("std", "uncertainty", "ensemble")),
+        "forces_covariance",
         "pressure_std",
         "pressure_uncertainty",
     ]
@@ -117,14 +120,14 @@ class DropoutCalculator(Calculator):
         periodic = bool(frame.pbc.any()) and frame.volume > 0
         self._refuse(properties, periodic)
         batch = batch_graphs([build_graph(frame, self._finder, self.potential.hidden_bias.dtype)]).to(self.device)
-        asked = any(name.rpartition("_")[2] in ("std", "uncertainty", "ensemble") for name in properties)
+        asked = any(name.rpartition("_")[2] in ("std", "uncertainty", "covariance", "ensemble") for name in properties)
         due = self._evaluations % self.uncertainty_every == 0
         self._evaluations += bool(system_changes)
         results: dict[str, Any] = {}
         prediction = None
         if asked or due or self.uncertainty_every == 1:
             prediction = predict(self.potential, batch, n_samples=self.n_samples, seed=self.seed, chunk=self.chunk)
-            results.update(self._spread(prediction))
+            results.update(self._spread(prediction, frame.z))
         best = prediction.mean if prediction and self.uncertainty_every == 1 else self._sample(batch)
         results.update(_single(best, ""))
         results["free_energy"] = results["energy"]
@@ -135,7 +138,7 @@ class DropoutCalculator(Calculator):
         masks = draw_masks(self.potential, batch, self.seed, 1)
         return derive(self.potential, batch, {name: mask[0] for name, mask in masks.items()})
 
-    def _spread(self, prediction: Prediction) -> dict[str, Any]:
+    def _spread(self, prediction: Prediction, z: np.ndarray) -> dict[str, Any]:
         """Return the raw and the calibrated standard deviations, and the samples if they are to be kept."""
         results = _single(prediction.std, "_std")
         samples = {name: _numpy(x) for name, x in prediction.samples._asdict().items()}
@@ -143,7 +146,8 @@ class DropoutCalculator(Calculator):
         results["pressure_std"] = _pressure(samples["stress"])
         calibration = self.model.calibration
         if calibration is not None:
-            samples = calibration.apply(samples)
+            samples = calibration.apply(samples, z)
+            results["forces_covariance"] = force_covariance(samples["forces"])
             results |= {f"{name}_uncertainty": _scalar(x.std(0, ddof=1)) for name, x in samples.items()}
             results["pressure_uncertainty"] = _pressure(samples["stress"])
         if self.keep_samples:
@@ -167,7 +171,7 @@ class DropoutCalculator(Calculator):
         for name in properties:
             if name.startswith(_CELL) and not periodic:
                 raise PropertyNotImplementedError("stress needs a periodic structure with a cell")
-            if name.endswith("_uncertainty") and self.model.calibration is None:
+            if name.endswith(("_uncertainty", "_covariance")) and self.model.calibration is None:
                 raise PropertyNotImplementedError(
                     f"{name} needs a calibrated model; this one has none (raw spread: {name[:-11]}std)"
                 )

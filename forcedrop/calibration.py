@@ -1,23 +1,21 @@
 r"""From the raw spread of the samples to σ, the standard deviation expected against the reference method.
 
-The *samples* are scaled about their mean, the force on an atom by
-
-.. math:: f_i = a\,(1 + s_i^2 / s_0^2)^{\gamma/2},
-
-with :math:`s_i` the root mean square spread of its force components. Where a network knows little, errors grow faster than
-spreads do, and that shows already among the frames that it was calibrated on: a and γ are fitted by likelihood on frames that
-neither trained nor stopped the model; γ = 0 is one factor for all. Energies and stress take the root mean square of a structure's
-factors: shares of single atoms in an energy are no more than a convention, and cancel, so they must not be scaled apart.
+The *samples* are scaled about their mean, the force on an atom by a factor :math:`f_i = c(s_i)\,e_{Z_i}`: a curve c of the root
+mean square spread :math:`s_i` of its force components (:class:`Growth`, :class:`Monotone`) and, where it pays, a factor of the
+element. Where a network knows little, errors grow faster than spreads do, and that shows already among the frames that it was
+calibrated on. Energies and stress take the root mean square of a structure's factors: shares of single atoms in an energy are no
+more than a convention, and cancel, so they must not be scaled apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from ase.data import chemical_symbols
+from scipy.optimize import isotonic_regression, minimize_scalar
 
 CRITERIA = ("max_force", "mean_force", "energy_per_atom")
 """What frames are ranked by: largest atomic force σ, mean atomic force σ [eV/Å], energy σ per atom [eV]."""
@@ -44,47 +42,192 @@ def fit_scale(error: np.ndarray, std: np.ndarray) -> float:
 
 LARGEST_EXPONENT = 2.0
 """Of γ: beyond, a few frames decide."""
-
-
 FARTHEST = 30.0
 """Spreads above so many s₀ grow no further: there is nothing left to say but "unknown"."""
+KNOTS = 10
+"""Of a monotone curve, at most; each stands for as many atoms."""
 
 
-def growth(forces_std: np.ndarray, reference: float, exponent: float) -> np.ndarray:
-    r"""Return :math:`(1 + s_i^2/s_0^2)^{\gamma/2}` for each atom, shape (…, N), from spreads (…, N, 3); s at most 30 s₀."""
-    mean_square = np.mean(np.square(forces_std), axis=-1)
-    return (1 + np.minimum(mean_square / reference**2, FARTHEST**2)) ** (exponent / 2)
+def local_spread(forces_std: np.ndarray) -> np.ndarray:
+    """Return each atom's root mean square spread of its force components, shape (…, N), from spreads (…, N, 3)."""
+    mean: np.ndarray = np.sqrt(np.mean(np.square(forces_std), axis=-1))
+    return mean
 
 
-def fit_growth(error: np.ndarray, std: np.ndarray) -> tuple[float, float, float]:
-    r"""Return a, γ and :math:`s_0` that maximise the Gaussian likelihood of force errors, σ being :math:`f_i` times ``std``.
+class Curve(Protocol):
+    """From an atom's spread to its factor."""
 
-    :math:`s_0` is the geometric mean of the atoms' spreads, γ lies in [0, 2]; for each γ the best a is known
-    (:func:`fit_scale`), so one number is searched for.
+    def factor(self, spread: np.ndarray) -> np.ndarray:
+        """Return the factors of atoms with these spreads [eV/Å], of any shape."""
+        ...
+
+    def sentence(self) -> str:
+        """Say how σ comes from the spread."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        ...
+
+
+@dataclass(frozen=True)
+class Growth:
+    r"""The factor :math:`a\,(1 + s^2/s_0^2)^{\gamma/2}`, s at most 30 s₀; γ = 0 is one factor for all.
+
+    Attributes:
+        scale: a.
+        exponent: γ, in [0, 2].
+        reference: :math:`s_0` [eV/Å].
+    """
+
+    scale: float
+    exponent: float = 0.0
+    reference: float = 1.0
+
+    def factor(self, spread: np.ndarray) -> np.ndarray:
+        """Return the factors."""
+        relative = np.minimum(np.square(spread / self.reference), FARTHEST**2)
+        factor: np.ndarray = self.scale * (1 + relative) ** (self.exponent / 2)
+        return factor
+
+    def sentence(self) -> str:
+        """Say the formula."""
+        if not self.exponent:
+            return f"σ = {self.scale:.2f} × spread"
+        return f"σ = {self.scale:.2f} × spread × (1 + (spread/{self.reference:.2g} eV/Å)²)^{self.exponent / 2:.2f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def fit(cls, error: np.ndarray, std: np.ndarray) -> Self:
+        r"""Maximise the Gaussian likelihood of force errors.
+
+        :math:`s_0` is the geometric mean of the atoms' spreads; for each γ the best a is known (:func:`fit_scale`), so one number
+        is searched for.
+
+        Args:
+            error: force errors, shape (n, 3), one row an atom.
+            std: their spreads.
+
+        Raises:
+            ValueError: see :func:`fit_scale`.
+        """
+        fit_scale(error, std)  # says what is wrong with the numbers
+        used = local_spread(std) > 1e-12
+        error, std = error[used], std[used]
+        local = local_spread(std)
+        reference = float(np.exp(np.mean(np.log(local))))
+
+        def at(gamma: float) -> tuple[float, float]:
+            shape = std * cls(1.0, gamma, reference).factor(local)[:, None]
+            scale = fit_scale(error, shape)
+            return scale, _score(error, scale * shape)
+
+        found = minimize_scalar(
+            lambda gamma: at(gamma)[1], bounds=(0.0, LARGEST_EXPONENT), method="bounded", options={"xatol": 1e-3}
+        )
+        gamma = float(found.x) if found.fun < at(0.0)[1] else 0.0
+        return cls(at(gamma)[0], gamma, reference)
+
+
+@dataclass(frozen=True)
+class Monotone:
+    """σ as any rising function of the spread, found by isotonic regression; straight between knots on logarithmic axes.
+
+    Source: the isotonic regression of squared errors (Zadrozny & Elkan, KDD 2002, who calibrate probabilities so). Beyond the
+    last knot the factor stays what it is there.
+
+    Attributes:
+        spreads: of the knots [eV/Å], rising.
+        factors: at the knots.
+    """
+
+    spreads: tuple[float, ...]
+    factors: tuple[float, ...]
+
+    def factor(self, spread: np.ndarray) -> np.ndarray:
+        """Return the factors."""
+        x = np.log(np.maximum(spread, 1e-12))
+        factor: np.ndarray = np.exp(np.interp(x, np.log(self.spreads), np.log(self.factors)))
+        return factor
+
+    def sentence(self) -> str:
+        """Say the range of the factors."""
+        return f"σ = {self.factors[0]:.2f} … {self.factors[-1]:.2f} × spread, rising with the spread"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"spreads": list(self.spreads), "factors": list(self.factors)}
+
+    @classmethod
+    def fit(cls, error: np.ndarray, std: np.ndarray) -> Self:
+        """Fit to force errors and spreads as :meth:`Growth.fit` does.
+
+        Raises:
+            ValueError: see :func:`fit_scale`.
+        """
+        fit_scale(error, std)
+        local = local_spread(std)
+        used = np.flatnonzero(local > 1e-12)
+        order = used[np.argsort(local[used], kind="stable")]
+        parts = np.array_split(order, max(1, min(KNOTS, len(order) // 20)))
+        squares = isotonic_regression([float(np.mean(np.square(error[part]))) for part in parts]).x
+        knots = np.array([float(np.exp(np.mean(np.log(local[part])))) for part in parts])
+        return cls(tuple(knots.tolist()), tuple((np.sqrt(np.maximum(squares, 1e-24)) / knots).tolist()))
+
+
+def _score(error: np.ndarray, sigma: np.ndarray) -> float:
+    """Return the mean Gaussian negative log-likelihood but for a constant, of what is not zero by symmetry."""
+    seen = sigma > 1e-12
+    return float(np.mean(0.5 * np.square(error[seen] / sigma[seen]) + np.log(sigma[seen])))
+
+
+def curve_from_dict(values: Mapping[str, Any]) -> Curve:
+    """Undo ``to_dict`` of a curve."""
+    if "spreads" in values:
+        return Monotone(tuple(values["spreads"]), tuple(values["factors"]))
+    return Growth(**values)
+
+
+FEWEST = 30
+"""Atoms of an element below which it has no factor of its own."""
+
+
+def fit_elements(error: np.ndarray, sigma: np.ndarray, z: np.ndarray) -> dict[int, float]:
+    """Return the factor that each element asks for once σ is scaled, by atomic number.
 
     Args:
-        error: force errors, shape (n, 3), one row an atom.
-        std: their spreads.
-
-    Raises:
-        ValueError: see :func:`fit_scale`.
+        error: force errors, shape (n, 3).
+        sigma: their σ.
+        z: atomic numbers, shape (n,).
     """
-    fit_scale(error, std)  # says what is wrong with the numbers
-    used = np.mean(np.square(std), axis=1) > 1e-24
-    error, std = error[used], std[used]
-    reference = float(np.exp(np.mean(0.5 * np.log(np.mean(np.square(std), axis=1)))))
+    found = {}
+    for number in np.unique(z):
+        rows = (z == number) & (local_spread(sigma) > 1e-12)
+        found[int(number)] = fit_scale(error[rows], sigma[rows]) if rows.sum() >= FEWEST else 1.0
+    return found
 
-    def spread(gamma: float) -> np.ndarray:
-        return std * growth(std, reference, gamma)[:, None]
 
-    def score(gamma: float) -> float:
-        sigma = fit_scale(error, spread(gamma)) * spread(gamma)
-        seen = sigma > 1e-12
-        return float(np.mean(0.5 * np.square(error[seen] / sigma[seen]) + np.log(sigma[seen])))
+COVERAGES = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
+"""For which conformal quantiles are kept."""
 
-    found = minimize_scalar(score, bounds=(0.0, LARGEST_EXPONENT), method="bounded", options={"xatol": 1e-3})
-    gamma = float(found.x) if found.fun < score(0.0) else 0.0
-    return fit_scale(error, spread(gamma)), gamma, reference
+
+def conformal_quantiles(error: np.ndarray, sigma: np.ndarray, n_frames: int) -> dict[float, float]:
+    r"""Return the q for which an interval of ±qσ holds a stated share of new errors, whatever their distribution.
+
+    Of :math:`|error|/σ` on n calibration frames the quantile at ⌈(n+1)·coverage⌉/n; no entry where that is above 1: too few
+    frames can promise no such coverage. Source: split conformal prediction (Papadopoulos et al., ECML 2002; Angelopoulos & Bates,
+    arXiv 2107.07511, sec. 1). The promise is for frames that are exchangeable with the calibration frames; entries of one frame
+    depend on each other, so it is frames that are counted.
+    """
+    used = (np.abs(error) > 1e-12) | (sigma > 1e-12)
+    ratio = np.abs(error[used]) / np.maximum(sigma[used], 1e-12)
+    levels = {coverage: np.ceil((n_frames + 1) * coverage) / n_frames for coverage in COVERAGES}
+    return {
+        coverage: float(np.quantile(ratio, level, method="higher")) for coverage, level in levels.items() if level <= 1
+    }
 
 
 def frame_criteria(forces_sigma: np.ndarray, energy_sigma: float) -> dict[str, float]:
@@ -102,39 +245,42 @@ class Calibration:
     """What ships inside a model.
 
     Attributes:
-        scale: a, the factor on small spreads, fitted on forces (the many), or on energies where there are no forces.
-        exponent: γ.
-        reference: :math:`s_0` [eV/Å].
+        curve: from an atom's spread to its factor, fitted on forces (the many), or one factor from energies where there are no
+            forces.
+        elements: a further factor by atomic number; 1 for those that are not there.
         scales: the factor that each property on its own would ask for, by name, once the samples are scaled by this calibration
             (1 is honest); a diagnosis, not applied.
+        quantiles: conformal quantiles by property (``energy``, ``forces`` by component, ``atoms`` for force vectors in units of
+            √tr Σ, ``stress``), then by coverage.
         n_frames: frames it was fitted on.
         n_samples: samples K they were predicted with.
         levels: sorted σ of the calibration frames by criterion, from which thresholds are taken.
     """
 
-    scale: float
-    exponent: float = 0.0
-    reference: float = 1.0
+    curve: Curve
+    elements: dict[int, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    quantiles: dict[str, dict[float, float]] = field(default_factory=dict)
     n_frames: int = 0
     n_samples: int = 0
     levels: dict[str, list[float]] = field(default_factory=dict)
 
-    def factors(self, forces: np.ndarray) -> np.ndarray:
-        """Return each atom's factor, shape (N,), from the samples of the forces (K, N, 3) [eV/Å]."""
-        return self.scale * growth(forces.std(axis=0, ddof=1), self.reference, self.exponent)
+    def factors(self, spread: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Return each atom's factor from its :func:`local_spread` and its atomic number, both of shape (N,)."""
+        return self.curve.factor(spread) * np.array([self.elements.get(int(number), 1.0) for number in z])
 
-    def apply(self, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def apply(self, samples: Mapping[str, np.ndarray], z: np.ndarray) -> dict[str, np.ndarray]:
         """Scale the samples of one structure about their mean.
 
         Args:
             samples: by property, sample axis first: ``energy`` (K,), ``energies`` (K, N), ``forces`` (K, N, 3), ``stress``
                 (K, 6); the forces must be there.
+            z: atomic numbers, shape (N,).
 
         Returns:
             The same properties: forces by each atom's factor, all else by the root mean square of the factors.
         """
-        factor = self.factors(samples["forces"])
+        factor = self.factors(local_spread(samples["forces"].std(axis=0, ddof=1)), z)
         common = np.sqrt(np.mean(np.square(factor)))
 
         def scaled(x: np.ndarray, f: Any) -> np.ndarray:
@@ -143,9 +289,23 @@ class Calibration:
 
         return {name: scaled(x, factor[:, None] if name == "forces" else common) for name, x in samples.items()}
 
-    def sigma(self, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def sigma(self, samples: Mapping[str, np.ndarray], z: np.ndarray) -> dict[str, np.ndarray]:
         """Return the calibrated standard deviations (ddof 1) of one structure by property, from its samples."""
-        return {name: x.std(axis=0, ddof=1) for name, x in self.apply(samples).items()}
+        return {name: x.std(axis=0, ddof=1) for name, x in self.apply(samples, z).items()}
+
+    def quantile(self, name: str, coverage: float) -> float:
+        """Return q: ±q·σ holds a share ``coverage`` of the errors of a property, see :func:`conformal_quantiles`.
+
+        Raises:
+            ValueError: for a property or a coverage that this calibration holds no quantile of.
+        """
+        known = self.quantiles.get(name, {})
+        if coverage not in known:
+            raise ValueError(
+                f"no conformal quantile of {name!r} for a coverage of {coverage}; there are "
+                + ("; ".join(f"{n}: {', '.join(map(str, q))}" for n, q in self.quantiles.items()) or "none")
+            )
+        return known[coverage]
 
     def threshold(self, criterion: str, quantile: float) -> float:
         """Return the σ below which a share ``quantile`` of the calibration frames lies.
@@ -163,15 +323,36 @@ class Calibration:
 
     def sentence(self) -> str:
         """Say how σ comes from the spread."""
-        if not self.exponent:
-            return f"σ = {self.scale:.2f} × spread"
-        return f"σ = {self.scale:.2f} × spread × (1 + (spread/{self.reference:.2g} eV/Å)²)^{self.exponent / 2:.2f}"
+        own = ", ".join(f"{chemical_symbols[z]} {value:.2f}" for z, value in sorted(self.elements.items()))
+        return self.curve.sentence() + (f", by element × ({own})" if own else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        return asdict(self)
+        return {**asdict(self), "curve": self.curve.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
-        return cls(**values)
+        return cls(**{**values, "curve": curve_from_dict(values["curve"])})
+
+
+def difference_sigma(first: np.ndarray, second: np.ndarray) -> float:
+    """Return σ of the difference of two structures' energies from their calibrated samples (K,), of the same draws.
+
+    Sample k is one potential, so what it has wrong about both structures alike drops out.
+
+    Raises:
+        ValueError: if the numbers of samples differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"samples of the same draws are needed, got {len(first)} and {len(second)}")
+    return float((first - second).std(ddof=1))
+
+
+def force_covariance(forces: np.ndarray) -> np.ndarray:
+    """Return each atom's covariance of force components [eV²/Å²], shape (N, 3, 3), from samples (K, N, 3); ddof 1.
+
+    Its rank is at most K − 1, and its entries are as uncertain as those of K vectors: see ``docs/error_bars.md``.
+    """
+    deviation = forces - forces.mean(axis=0)
+    return np.einsum("kni,knj->nij", deviation, deviation) / (len(forces) - 1)

@@ -114,7 +114,7 @@ def evaluate(
     """Compare a model with labelled frames: errors, honesty of σ, plots."""
     from forcedrop.evaluation import evaluate as evaluate_frames
     from forcedrop.evaluation import predict_frames, with_uncertainties
-    from forcedrop.report import evaluation_table, parity_figure, save_figure, sigma_figure
+    from forcedrop.report import detection_figure, evaluation_table, parity_figure, save_figure, sigma_figure
     from forcedrop.structures import write_frames
 
     loaded = _load(model, device)
@@ -129,7 +129,9 @@ def evaluate(
         title = ", ".join(path.name for path in files)
         save_figure(parity_figure(result, title), output / "parity.png")
         save_figure(sigma_figure(result, title), output / "sigma.png")
-        typer.echo(f"wrote {output / 'evaluation.json'}, parity.png, sigma.png")
+        if "forces" in result.error:
+            save_figure(detection_figure(result, title), output / "detection.png")
+        typer.echo(f"wrote evaluation.json, parity.png, sigma.png, detection.png (with forces) to {output}")
     if write is not None:
         pairs = zip(frames, predictions, strict=True)
         write_frames(write, [with_uncertainties(frame, prediction) for frame, prediction in pairs])

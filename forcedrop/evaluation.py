@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 from tqdm import tqdm
 
+from forcedrop.calibration import Calibration, difference_sigma
 from forcedrop.graph import NeighbourFinder, build_graph
-from forcedrop.metrics import UncertaintyReport, atom_norms, auroc, precision_at, rmse, uncertainty_report
+from forcedrop.metrics import UncertaintyReport, atom_norms, detection, rmse, uncertainty_report
 from forcedrop.sampling import FramePrediction, predict_graphs
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
@@ -19,6 +21,8 @@ from forcedrop.training import Committee, TrainedModel, calibrate
 
 WORST = 0.05
 """The share of atoms that counts as badly predicted in AUROC and precision."""
+PROPERTIES = ("energy", "difference", "forces", "stress")
+"""What is compared."""
 
 
 @dataclass(frozen=True)
@@ -28,41 +32,65 @@ class Evaluation:
     Each array holds the entries of all frames that carry the label: ``error`` = mean − reference.
 
     Attributes:
-        reference: by property: energy per atom [eV], forces [eV/Å] (components), stress [eV/Å³] (components).
+        reference: by property: energy per atom [eV], energy differences [eV], forces [eV/Å] (components), stress [eV/Å³]
+            (components). A difference is that of two frames in a row of the same atoms; each frame is in one pair at most.
         error: same shapes.
-        sigma: same shapes.
+        sigma: same shapes; of a difference from those of the samples, see ``calibration.difference_sigma``.
         frame: the frame each entry belongs to.
+        atomic_number: of the atom of each force component, shape (3·N,); empty without forces.
         plain_rmse: of the plain (weight-scaled) network, by property.
         n_frames: number of frames.
         calibrated: whether σ is calibrated, or the raw spread.
+        coverage: of the calibration's conformal intervals, by property: the share of errors inside, by the share stated.
     """
 
     reference: dict[str, np.ndarray]
     error: dict[str, np.ndarray]
     sigma: dict[str, np.ndarray]
     frame: dict[str, np.ndarray]
+    atomic_number: np.ndarray
     plain_rmse: dict[str, float]
     total_energy_rmse: float
     n_frames: int
     calibrated: bool
+    coverage: dict[str, dict[float, float]] = field(default_factory=dict)
 
     def reports(self) -> dict[str, UncertaintyReport]:
         """Return the measures of each property."""
         return {name: uncertainty_report(self.error[name], self.sigma[name], self.frame[name]) for name in self.error}
 
-    def detection(self) -> dict[str, float]:
-        """Return how well σ finds the worst atoms: AUROC and precision among as many, by the error of the force vector."""
+    def by_element(self) -> dict[str, UncertaintyReport]:
+        """Return the measures of the force components of each element, by symbol; empty without forces."""
+        found = {}
+        for z in np.unique(self.atomic_number):
+            columns = (part["forces"][self.atomic_number == z] for part in (self.error, self.sigma, self.frame))
+            found[chemical_symbols[z]] = uncertainty_report(*columns)
+        return found
+
+    def by_frame(self) -> UncertaintyReport | None:
+        """Return the measures of each frame's root mean square force error against that of its σ; None without forces.
+
+        An error that is a root mean square is no Gaussian deviate: z², ENCE and Spearman say how far σ ranks and sizes whole
+        frames; likelihoods and the area are those of a half-normal and only to be compared among models.
+        """
         if "forces" not in self.error:
-            return {}
+            return None
+        frames, index = np.unique(self.frame["forces"], return_inverse=True)
+        count = np.bincount(index)
+        error, sigma = (np.sqrt(np.bincount(index, np.square(x["forces"])) / count) for x in (self.error, self.sigma))
+        return uncertainty_report(error, sigma, frames)
+
+    def atoms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return each atom's force error (the norm), its σ (√tr Σ) and its frame, shapes (N,); empty without forces."""
+        if "forces" not in self.error:
+            return np.empty(0), np.empty(0), np.empty(0)
         error, sigma = atom_norms(self.error["forces"].reshape(-1, 3), self.sigma["forces"].reshape(-1, 3))
-        threshold = float(np.quantile(error, 1 - WORST))
-        bad = error > threshold
-        return {
-            "threshold": threshold,
-            "auroc": auroc(bad, sigma),
-            "precision": precision_at(bad, sigma, int(bad.sum())),
-            "share": WORST,
-        }
+        return error, sigma, self.frame["forces"][::3]
+
+    def detection(self) -> dict[str, Any]:
+        """Return how well σ finds the worst atoms by the error of the force vector, see :func:`metrics.detection`."""
+        error, sigma, frame = self.atoms()
+        return detection(error, sigma, WORST, frame) if error.size else {}
 
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers, plain, in eV and Å."""
@@ -72,7 +100,10 @@ class Evaluation:
             "total_energy_rmse": self.total_energy_rmse,
             "plain_rmse": self.plain_rmse,
             "detection": self.detection(),
+            "coverage": self.coverage,
             **{name: report.as_dict() for name, report in self.reports().items()},
+            "forces_by_element": {name: report.as_dict() for name, report in self.by_element().items()},
+            "forces_by_frame": frames.as_dict() if (frames := self.by_frame()) else None,
         }
 
 
@@ -84,7 +115,9 @@ def predict_frames(
     seed: int | None = None,
     what: str = "predict",
 ) -> list[FramePrediction]:
-    """Return the prediction for each frame, with σ and without the samples; a progress bar is named ``what``.
+    """Return the prediction for each frame with σ; of the samples, calibrated if the model is, only those of the energy.
+
+    A progress bar is named ``what``.
 
     Raises:
         BadFrames: if a frame cannot be computed, such as one with an element that the model does not know.
@@ -96,8 +129,14 @@ def predict_frames(
     graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
     predictions = predict_graphs(model.predictor(n_samples, seed), graphs, model.device)
     bar = tqdm(predictions, total=len(frames), desc=what, unit="frame")
-    sigma = model.calibration.sigma if model.calibration is not None else lambda samples: None
-    return [replace(p, sigma=sigma(p.samples), samples={}) for p in bar]
+    found = []
+    for frame, p in zip(frames, bar, strict=True):
+        samples, sigma = p.samples, None
+        if model.calibration is not None:
+            samples = model.calibration.apply(p.samples, frame.z)
+            sigma = {name: x.std(axis=0, ddof=1) for name, x in samples.items()}
+        found.append(replace(p, sigma=sigma, samples={"energy": samples["energy"]}))
+    return found
 
 
 def evaluate(
@@ -123,38 +162,71 @@ def evaluate(
     """
     if predictions is None:
         predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
-    columns: dict[str, list[list[np.ndarray]]] = {name: [[], [], [], [], []] for name in ("energy", "forces", "stress")}
-    totals = []
+    columns: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in PROPERTIES}
+    numbers = [np.empty(0, int)]
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
-        for name, column in columns.items():
-            label = getattr(frame, name)
-            if label is None:
-                continue
-            per = len(frame) if name == "energy" else 1
-            reference = np.ravel(label) / per
-            values = (
-                np.ravel(p.mean[name]) / per,
-                np.ravel(p.error_bars[name]) / per,
-                np.ravel(p.plain[name]) / per,
-            )
-            row = (reference, values[0] - reference, values[1], values[2] - reference)
-            for target, value in zip(column, (*row, np.full(reference.shape, index)), strict=True):
-                target.append(value)
-        if frame.energy is not None:
-            totals.append(float(p.mean["energy"]) - frame.energy)
-    joined = {name: [np.concatenate(c) for c in column] for name, column in columns.items() if column[0]}
+        for name in ("energy", "forces", "stress"):
+            if getattr(frame, name) is not None:
+                columns[name].append(_row(frame, p, name, index))
+        if frame.forces is not None:
+            numbers.append(np.repeat(frame.z, 3))
+    columns["difference"] = _differences(frames, predictions)
+    joined = {name: [np.concatenate(c) for c in zip(*rows, strict=True)] for name, rows in columns.items() if rows}
     if not joined:
         raise ValueError("none of the frames carries an energy, forces or a stress to compare with")
-    return Evaluation(
+    totals = [
+        float(p.mean["energy"]) - f.energy for f, p in zip(frames, predictions, strict=True) if f.energy is not None
+    ]
+    found = Evaluation(
         reference={name: c[0] for name, c in joined.items()},
         error={name: c[1] for name, c in joined.items()},
         sigma={name: c[2] for name, c in joined.items()},
         frame={name: c[4] for name, c in joined.items()},
+        atomic_number=np.concatenate(numbers),
         plain_rmse={name: rmse(c[3]) for name, c in joined.items()},
         total_energy_rmse=rmse(np.array(totals)) if totals else float("nan"),
         n_frames=len(frames),
         calibrated=model.calibration is not None,
     )
+    return found if model.calibration is None else replace(found, coverage=_coverage(found, model.calibration))
+
+
+def _row(frame: Frame, p: FramePrediction, name: str, index: int) -> tuple[np.ndarray, ...]:
+    """Return reference, error, σ, error of the plain pass and frame of one property, flat; energies per atom."""
+    per = len(frame) if name == "energy" else 1
+    reference = np.ravel(getattr(frame, name)) / per
+    mean, sigma, plain = (np.ravel(part[name]) / per for part in (p.mean, p.error_bars, p.plain))
+    return reference, mean - reference, sigma, plain - reference, np.full(reference.shape, index)
+
+
+def _differences(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> list[tuple[np.ndarray, ...]]:
+    """Return the same of the energy differences of frames 0 and 1, 2 and 3 … where both have energies of the same atoms."""
+    rows = []
+    for index in range(0, len(frames) - 1, 2):
+        (a, b), (p, q) = frames[index : index + 2], predictions[index : index + 2]
+        sampled = "energy" in p.samples and "energy" in q.samples
+        if sampled and a.energy is not None and b.energy is not None and np.array_equal(np.sort(a.z), np.sort(b.z)):
+            reference = a.energy - b.energy
+            sigma = difference_sigma(p.samples["energy"], q.samples["energy"])
+            errors = (
+                float(part(p) - part(q)) - reference
+                for part in (lambda x: x.mean["energy"], lambda x: x.plain["energy"])
+            )
+            error, plain = errors
+            rows.append(tuple(np.array([x]) for x in (reference, error, sigma, plain, index)))
+    return rows
+
+
+def _coverage(found: Evaluation, calibration: Calibration) -> dict[str, dict[float, float]]:
+    """Return the share of errors inside each conformal interval, by property and stated share."""
+    errors = {name: (np.abs(found.error[name]), found.sigma[name]) for name in found.error}
+    error, sigma, _ = found.atoms()
+    errors["atoms"] = (error, sigma)
+    return {
+        name: {stated: float(np.mean(errors[name][0] <= q * errors[name][1])) for stated, q in quantiles.items()}
+        for name, quantiles in calibration.quantiles.items()
+        if name in errors and errors[name][0].size
+    }
 
 
 def compare(

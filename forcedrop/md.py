@@ -346,9 +346,10 @@ def _pressure(calculator: DropoutCalculator, atoms: Atoms, kind: str) -> dict[st
 def recorded_frame(atoms: Atoms, row: dict[str, float]) -> Frame:
     """Return the atoms with everything their calculator knows, for a store or an extended XYZ file."""
     results: dict[str, Any] = atoms.calc.results
-    per_atom = {k: v for k, v in results.items() if k.startswith(("forces_", "energies")) and "ensemble" not in k}
+    left = ("ensemble", "covariance")  # too much for every frame of a trajectory
+    per_atom = {k: v for k, v in results.items() if k.startswith(("forces_", "energies")) and not k.endswith(left)}
     info = {
-        k: v for k, v in results.items() if k.startswith(("energy_", "stress_", "pressure_")) and "ensemble" not in k
+        k: v for k, v in results.items() if k.startswith(("energy_", "stress_", "pressure_")) and not k.endswith(left)
     }
     return Frame.from_atoms(
         atoms,

@@ -13,7 +13,13 @@ import numpy as np
 from scipy.special import erf
 from scipy.stats import norm, rankdata
 
+from forcedrop.bootstrap import BlockBootstrap, Interval
+
 _TINY = 1e-12
+POINTS = 101
+"""Of a calibration curve."""
+BINS = 20
+"""Of σ in ENCE."""
 
 
 def informative(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -45,7 +51,13 @@ def mae(error: np.ndarray) -> float:
 
 def nll(error: np.ndarray, sigma: np.ndarray) -> float:
     r"""Return the mean Gaussian negative log-likelihood, ½(z² + ln 2πσ²)."""
-    return float(np.mean(0.5 * (np.square(error / sigma) + np.log(2 * np.pi * np.square(sigma)))))
+    return float(np.mean(nll_terms(error, sigma)))
+
+
+def nll_terms(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Return what :func:`nll` is the mean of."""
+    terms: np.ndarray = 0.5 * (np.square(error / sigma) + np.log(2 * np.pi * np.square(sigma)))
+    return terms
 
 
 def crps(error: np.ndarray, sigma: np.ndarray) -> float:
@@ -53,9 +65,15 @@ def crps(error: np.ndarray, sigma: np.ndarray) -> float:
 
     Source: Gneiting & Raftery, JASA 102, 359 (2007), eq. 21.
     """
+    return float(np.mean(crps_terms(error, sigma)))
+
+
+def crps_terms(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Return what :func:`crps` is the mean of."""
     z = error / sigma
     density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
-    return float(np.mean(sigma * (z * erf(z / np.sqrt(2)) + 2 * density - 1 / np.sqrt(np.pi))))
+    terms: np.ndarray = sigma * (z * erf(z / np.sqrt(2)) + 2 * density - 1 / np.sqrt(np.pi))
+    return terms
 
 
 def relative_log_likelihood(error: np.ndarray, sigma: np.ndarray) -> float:
@@ -76,26 +94,17 @@ def mean_z2(error: np.ndarray, sigma: np.ndarray) -> float:
     return float(np.mean(np.square(error / sigma)))
 
 
-def block_bootstrap(
-    values: np.ndarray, blocks: np.ndarray, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile interval of a mean when whole blocks (frames) are drawn, whose entries are correlated."""
-    _, index = np.unique(blocks, return_inverse=True)
-    totals, counts = np.bincount(index, values), np.bincount(index)
-    generator = np.random.default_rng(seed)
-    pick = generator.integers(0, len(counts), size=(draws, len(counts)))
-    means = totals[pick].sum(1) / counts[pick].sum(1)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def calibration_curve(error: np.ndarray, sigma: np.ndarray, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
+def calibration_curve(error: np.ndarray, sigma: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Return nominal shares 0 … 1 and the shares of the errors inside the central Gaussian interval of each."""
-    nominal = np.linspace(0, 1, points)
+    nominal, bound = _central_intervals(points)
     z = np.sort(np.abs(error / sigma).ravel())
-    bound = norm.ppf(0.5 + nominal / 2)
     return nominal, np.searchsorted(z, bound, side="right") / z.size
+
+
+def _central_intervals(points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return nominal shares 0 … 1 and the half widths, in units of σ, of the central Gaussian intervals that hold them."""
+    nominal = np.linspace(0, 1, points)
+    return nominal, norm.ppf(0.5 + nominal / 2)
 
 
 def miscalibration_area(error: np.ndarray, sigma: np.ndarray) -> float:
@@ -107,17 +116,23 @@ def miscalibration_area(error: np.ndarray, sigma: np.ndarray) -> float:
     return float(np.trapezoid(np.abs(observed - nominal), nominal))
 
 
-def ence(error: np.ndarray, sigma: np.ndarray, bins: int = 20) -> float:
+def ence(error: np.ndarray, sigma: np.ndarray, bins: int = BINS) -> float:
     r"""Return the expected normalised calibration error over ``bins`` equally filled bins of σ: mean \|RMV − RMSE\|/RMV.
 
     Source: Levi et al., Sensors 22, 5540 (2022), eq. 8.
     """
+    place = _equal_bins(sigma, bins)
+    sums = np.concatenate([np.bincount(place, np.square(x).ravel()) for x in (error, sigma)])
+    return float(_ence_of_sums(sums[None])[0])
+
+
+def _equal_bins(sigma: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each entry, equally filled in the order of σ, flat."""
     order = np.argsort(sigma.ravel(), kind="stable")
-    terms = []
-    for part in np.array_split(order, min(bins, order.size)):
-        rmv = rmse(sigma.ravel()[part])
-        terms.append(abs(rmv - rmse(error.ravel()[part])) / rmv)
-    return float(np.mean(terms))
+    place = np.empty(order.size, dtype=int)
+    for number, part in enumerate(np.array_split(order, min(bins, order.size))):
+        place[part] = number
+    return place
 
 
 def auroc(positive: np.ndarray, score: np.ndarray) -> float:
@@ -157,9 +172,57 @@ def atom_norms(error: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.linalg.norm(error, axis=1), np.linalg.norm(sigma, axis=1)
 
 
+def detection(error: np.ndarray, sigma: np.ndarray, share: float, blocks: np.ndarray) -> dict[str, Any]:
+    """Return how well σ finds the worst: AUROC with its interval, and precision among as many.
+
+    Args:
+        error: sizes of errors, not negative, shape (n,).
+        sigma: shape (n,).
+        share: how many count as the worst.
+        blocks: which frame each entry belongs to.
+
+    Returns:
+        ``threshold`` of the error above which an entry is among the worst, ``share``, ``auroc``, ``auroc_interval``,
+        ``precision``. The interval is that of the mean placements of worst among others and others among worst (DeLong, DeLong &
+        Clarke-Pearson, Biometrics 44, 837 (1988)), by blocks.
+    """
+    threshold = float(np.quantile(error, 1 - share))
+    bad = error > threshold
+    found = {"threshold": threshold, "share": share, "auroc": auroc(bad, sigma)}
+    if bad.all() or not bad.any():
+        return {**found, "auroc_interval": (float("nan"), float("nan")), "precision": float("nan")}
+    rank = rankdata(sigma)
+    within = np.where(bad, _rank_within(sigma, bad), _rank_within(sigma, ~bad))
+    placement = (rank - within) / np.where(bad, (~bad).sum(), bad.sum())  # share of the other class below
+    columns = np.stack([placement * bad, bad, (1 - placement) * ~bad, ~bad], axis=1)
+    bootstrap = BlockBootstrap(blocks)
+    interval = bootstrap.interval(columns, lambda m: m[:, 0] / m[:, 1] + m[:, 2] / m[:, 3] - found["auroc"])
+    return {**found, "auroc_interval": interval, "precision": precision_at(bad, sigma, int(bad.sum()))}
+
+
+def _rank_within(score: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return ranks among the chosen, 0 elsewhere."""
+    ranks = np.zeros(len(score))
+    ranks[chosen] = rankdata(score[chosen])
+    return ranks
+
+
+def roc_curve(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the false and true positive rates of all thresholds, from (0, 0) to (1, 1); equal scores are one step."""
+    order = np.argsort(-score, kind="stable")
+    positive = np.asarray(positive, bool)[order]
+    last = np.append(np.diff(score[order]) != 0, True)
+    false, true = np.cumsum(~positive)[last], np.cumsum(positive)[last]
+    return np.append(0.0, false / max(false[-1], 1)), np.append(0.0, true / max(true[-1], 1))
+
+
 @dataclass(frozen=True)
 class UncertaintyReport:
-    """Error and honesty of one property; likelihood measures in its own unit."""
+    """Error and honesty of one property; likelihood measures in its own unit.
+
+    Attributes:
+        intervals: of 95 %, by the name of the score, drawn by frame; all but ``spearman_ceiling`` and ``n`` have one.
+    """
 
     rmse: float
     mae: float
@@ -168,12 +231,12 @@ class UncertaintyReport:
     crps: float
     rll: float
     z2: float
-    z2_interval: tuple[float, float]
     miscalibration_area: float
     ence: float
     spearman: float
     spearman_ceiling: float
     n: int
+    intervals: dict[str, Interval]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -181,7 +244,7 @@ class UncertaintyReport:
 
     def sentence(self) -> str:
         """Say in words whether σ is honest here."""
-        low, high = self.z2_interval
+        low, high = self.intervals["z2"]
         factor = np.sqrt(self.z2)
         if low > 1.1:
             return f"σ is too small by a factor {factor:.2f} on this set"
@@ -213,10 +276,66 @@ def uncertainty_report(error: np.ndarray, sigma: np.ndarray, blocks: np.ndarray)
         crps=crps(error, sigma),
         rll=relative_log_likelihood(error, sigma),
         z2=mean_z2(error, sigma),
-        z2_interval=block_bootstrap(np.square(error / sigma), blocks),
         miscalibration_area=miscalibration_area(error, sigma),
         ence=ence(error, sigma),
         spearman=spearman(error, sigma),
         spearman_ceiling=spearman_ceiling(sigma),
         n=int(used.sum()),
+        intervals=_intervals(error, sigma, BlockBootstrap(blocks)),
     )
+
+
+def _intervals(error: np.ndarray, sigma: np.ndarray, bootstrap: BlockBootstrap) -> dict[str, Interval]:
+    """Return the interval of every score as a function of means; bins and ranks are those of the whole set."""
+    square, z2 = np.square(error), np.square(error / sigma)
+    own = nll_terms(error, sigma)
+    found = {
+        "rmse": bootstrap.interval(square, lambda m: np.sqrt(m[:, 0])),
+        "mae": bootstrap.interval(np.abs(error)),
+        "sigma_rms": bootstrap.interval(np.square(sigma), lambda m: np.sqrt(m[:, 0])),
+        "nll": bootstrap.interval(own),
+        "crps": bootstrap.interval(crps_terms(error, sigma)),
+        "z2": bootstrap.interval(z2),
+    }
+    seen = np.abs(error) > _TINY
+    logs = np.log(np.where(seen, square, 1.0))
+    columns = np.stack([own, square, logs], axis=1)
+    found["rll"] = bootstrap.interval(columns, _rll_of_means, seen) if seen.any() else (0.0, 0.0)
+    nominal, bounds = _central_intervals(POINTS)
+    bins = np.searchsorted(bounds, np.sqrt(z2))  # inside every interval from this one on
+    found["miscalibration_area"] = bootstrap.of_bins(
+        np.ones_like(error),
+        np.minimum(bins, POINTS - 1),
+        POINTS,
+        lambda m: np.trapezoid(np.abs(np.cumsum(m, axis=1) - nominal), nominal, axis=1),
+    )
+    bins = _equal_bins(sigma, BINS)
+    found["ence"] = bootstrap.of_bins(
+        np.stack([square, np.square(sigma)], axis=1), bins, int(bins.max()) + 1, _ence_of_sums
+    )
+    if np.ptp(np.abs(error)) > 0 and np.ptp(sigma) > 0:
+        one, two = (rankdata(x) / len(x) - 0.5 for x in (np.abs(error), sigma))
+        found["spearman"] = bootstrap.interval(
+            np.stack([one, two, one**2, two**2, one * two], axis=1), _correlation_of_means
+        )
+    else:
+        found["spearman"] = (float("nan"), float("nan"))
+    return found
+
+
+def _rll_of_means(m: np.ndarray) -> np.ndarray:
+    """Return the RLL from the means of NLL, squared error and its logarithm."""
+    constant = 0.5 * (1 + np.log(2 * np.pi * m[:, 1]))
+    oracle = 0.5 * (1 + np.log(2 * np.pi) + m[:, 2])
+    return np.where(constant > oracle, 100 * (constant - m[:, 0]) / (constant - oracle), 0.0)
+
+
+def _ence_of_sums(m: np.ndarray) -> np.ndarray:
+    """Return the ENCE from the sums of squared errors and of squared σ in every bin; a bin that was not drawn is left out."""
+    square, variance = np.split(m, 2, axis=1)
+    return np.nanmean(np.abs(1 - np.sqrt(square / variance)), axis=1)
+
+
+def _correlation_of_means(m: np.ndarray) -> np.ndarray:
+    """Return the correlation from the means of x, y, x², y² and xy."""
+    return (m[:, 4] - m[:, 0] * m[:, 1]) / np.sqrt((m[:, 2] - m[:, 0] ** 2) * (m[:, 3] - m[:, 1] ** 2))

@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from torch import Tensor
 
-from forcedrop.metrics import block_bootstrap
+from forcedrop.bootstrap import BlockBootstrap
 
 Evaluate = Callable[[Atoms], tuple[np.ndarray, np.ndarray]]
 """Atoms → energies (K,) [eV] and forces (K, N, 3) [eV/Å] of K samples (one sample is K = 1)."""
@@ -154,7 +154,7 @@ def assert_calibrated(
         AssertionError: with mean z² and its interval.
     """
     z2 = np.square(np.ravel(error) / np.ravel(sigma))
-    interval = block_bootstrap(z2, np.arange(len(z2)) if blocks is None else blocks)
+    interval = BlockBootstrap(np.arange(len(z2)) if blocks is None else blocks).interval(z2)
     if interval[0] > high or interval[1] < low:
         raise AssertionError(
             f"mean z² is {z2.mean():.3f}, 95 % interval {interval[0]:.3f} … {interval[1]:.3f}, outside {low} … {high}"

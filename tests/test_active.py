@@ -25,7 +25,7 @@ def test_ranking_against_a_loop(trained, frames, criterion: str) -> None:
         out = predict(trained.potential, batch_of([frame.to_atoms()], 4.0), n_samples=4, seed=trained.bank_seed)
         samples = {name: x.numpy() for name, x in out.samples._asdict().items()}
         sigma = trained.calibration.sigma(
-            {**samples, "energy": samples["energy"][:, 0], "stress": samples["stress"][:, 0]}
+            {**samples, "energy": samples["energy"][:, 0], "stress": samples["stress"][:, 0]}, frame.z
         )
         values.append(frame_criteria(sigma["forces"], float(sigma["energy"]))[criterion])
     np.testing.assert_allclose(flags.values, values, rtol=1e-8)

@@ -16,7 +16,7 @@ from ase.phonons import Phonons
 from pymatgen.io.ase import AseAtomsAdaptor
 
 from forcedrop import DropoutCalculator
-from forcedrop.calibration import Calibration
+from forcedrop.calibration import Calibration, Growth
 from forcedrop.derive import VOIGT
 from forcedrop.sampling import predict
 from forcedrop.testing import assert_conservative, assert_equivariant, assert_smooth
@@ -40,7 +40,7 @@ def test_results_have_the_names_shapes_and_values_of_the_contract(trained) -> No
     expected = predict(trained.potential, batch_of([atoms], 4.0), n_samples=4, seed=trained.bank_seed)
     shapes = {"energy": (), "energies": (4,), "forces": (4, 3), "stress": (6,)}
     samples = {name: np.asarray(getattr(expected.samples, name)).reshape(4, *shape) for name, shape in shapes.items()}
-    sigma = trained.calibration.sigma(samples)
+    sigma = trained.calibration.sigma(samples, atoms.numbers)
     for name, shape in shapes.items():
         assert np.shape(results[name]) == shape
         mean, std = (np.asarray(getattr(part, name)).reshape(shape) for part in (expected.mean, expected.std))
@@ -51,6 +51,8 @@ def test_results_have_the_names_shapes_and_values_of_the_contract(trained) -> No
         assert ensemble.shape == (4, *shape)
         np.testing.assert_allclose(ensemble.mean(0), mean, atol=1e-10)
         np.testing.assert_allclose(ensemble.std(0, ddof=1), sigma[name], atol=1e-10)
+    for atom, matrix in enumerate(results["forces_covariance"]):
+        np.testing.assert_allclose(matrix, np.cov(results["forces_ensemble"][:, atom].T), atol=1e-12)
     assert results["free_energy"] == results["energy"]
     assert results["energies"].sum() == pytest.approx(results["energy"])
     pressure = -np.asarray(expected.samples.stress)[:, 0, :3].mean(1)
@@ -62,7 +64,7 @@ def test_results_have_the_names_shapes_and_values_of_the_contract(trained) -> No
 
 def test_scaled_samples_stay_derivatives_of_one_another(trained) -> None:
     """One factor (γ = 0) scales samples about their mean, so every scaled sample is still conservative."""
-    model = replace(trained, calibration=Calibration(2.5))
+    model = replace(trained, calibration=Calibration(Growth(2.5)))
     calculator = DropoutCalculator(model, n_samples=4, keep_samples=True)
 
     def evaluate(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,18 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from forcedrop.calibration import Calibration, fit_growth, fit_scale, frame_criteria, growth
+from forcedrop.calibration import (
+    Calibration,
+    Growth,
+    Monotone,
+    conformal_quantiles,
+    difference_sigma,
+    fit_elements,
+    fit_scale,
+    force_covariance,
+    frame_criteria,
+    local_spread,
+)
 from forcedrop.metrics import nll
 
 
@@ -24,6 +35,9 @@ def test_scale_guards() -> None:
         fit_scale(np.zeros(3), np.zeros(2))
 
 
+Z = np.array([29, 1, 8, 6])
+
+
 def samples_of(n_atoms: int, seed: int = 0, k: int = 6) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     energies = generator.normal(size=(k, n_atoms))
@@ -37,16 +51,18 @@ def samples_of(n_atoms: int, seed: int = 0, k: int = 6) -> dict[str, np.ndarray]
 
 def test_one_factor_scales_every_property_about_its_mean() -> None:
     samples = samples_of(3)
-    scaled = Calibration(2.0).apply(samples)
+    scaled = Calibration(Growth(2.0)).apply(samples, Z[:3])
     for name, values in samples.items():
         np.testing.assert_allclose(scaled[name].mean(0), values.mean(0), atol=1e-12)
         np.testing.assert_allclose(scaled[name].std(0), 2 * values.std(0))
-    np.testing.assert_allclose(Calibration(2.0).sigma(samples)["forces"], 2 * samples["forces"].std(0, ddof=1))
+    np.testing.assert_allclose(
+        Calibration(Growth(2.0)).sigma(samples, Z[:3])["forces"], 2 * samples["forces"].std(0, ddof=1)
+    )
 
 
 def test_growth_is_each_atoms_own_for_forces_and_common_for_the_rest() -> None:
-    samples, calibration = samples_of(4), Calibration(2.0, exponent=1.0, reference=0.7)
-    scaled = calibration.apply(samples)
+    samples, calibration = samples_of(4), Calibration(Growth(2.0, exponent=1.0, reference=0.7))
+    scaled = calibration.apply(samples, Z[:4])
     std = samples["forces"].std(0, ddof=1)
     factor = 2.0 * np.sqrt(1 + (std**2).mean(1) / 0.7**2)
     np.testing.assert_allclose(scaled["forces"].std(0, ddof=1), factor[:, None] * std)
@@ -60,7 +76,7 @@ def test_growth_is_each_atoms_own_for_forces_and_common_for_the_rest() -> None:
         "forces": np.tile(samples["forces"], (1, 2, 1)),
         "stress": samples["stress"],
     }
-    one, two = calibration.sigma(samples), calibration.sigma(twice)
+    one, two = calibration.sigma(samples, Z[:4]), calibration.sigma(twice, np.tile(Z[:4], 2))
     assert two["energy"] == pytest.approx(2 * one["energy"])
     np.testing.assert_allclose(two["forces"], np.tile(one["forces"], (2, 1)))
 
@@ -68,20 +84,22 @@ def test_growth_is_each_atoms_own_for_forces_and_common_for_the_rest() -> None:
 def test_a_perfect_crystal_keeps_its_energy_error_bar() -> None:
     samples = samples_of(2)
     samples["forces"][:] = 0.0
-    assert Calibration(3.0, 1.0, 0.1).sigma(samples)["energy"] == pytest.approx(3 * samples["energy"].std(ddof=1))
+    assert Calibration(Growth(3.0, 1.0, 0.1)).sigma(samples, Z[:2])["energy"] == pytest.approx(
+        3 * samples["energy"].std(ddof=1)
+    )
 
 
 def test_growth_is_found_where_it_is(honest_growth) -> None:
     error, std = honest_growth(gamma=1.0)
-    scale, gamma, reference = fit_growth(error, std)
+    found = Growth.fit(error, std)
+    gamma, reference = found.exponent, found.reference
     assert reference == pytest.approx(np.exp(np.log(np.sqrt((std**2).mean(1))).mean()))
     assert gamma == pytest.approx(1.0, abs=0.1)
-    assert scale == pytest.approx(2.0, rel=0.1)
-    assert fit_growth(*honest_growth(gamma=0.0))[1] < 0.05
-    sigma = scale * std * growth(std, reference, gamma)[:, None]
-    best = nll(error, sigma)
+    assert found.scale == pytest.approx(2.0, rel=0.1)
+    assert Growth.fit(*honest_growth(gamma=0.0)).exponent < 0.05
+    best = nll(error, std * found.factor(local_spread(std))[:, None])
     for other in (gamma - 0.3, gamma + 0.3):
-        shape = std * growth(std, reference, other)[:, None]
+        shape = std * Growth(1.0, other, reference).factor(local_spread(std))[:, None]
         assert nll(error, fit_scale(error, shape) * shape) > best
 
 
@@ -105,7 +123,7 @@ def test_criteria() -> None:
 
 
 def test_thresholds() -> None:
-    calibration = Calibration(1.0, levels={"max_force": [0.0, 1.0, 2.0]})
+    calibration = Calibration(Growth(1.0), levels={"max_force": [0.0, 1.0, 2.0]})
     assert calibration.threshold("max_force", 0.75) == 1.5
     for criterion, quantile, message in (
         ("force", 0.5, "unknown criterion 'force'"),
@@ -115,3 +133,89 @@ def test_thresholds() -> None:
         with pytest.raises(ValueError, match=message):
             calibration.threshold(criterion, quantile)
     assert Calibration.from_dict(calibration.to_dict()) == calibration
+
+
+def test_elements_have_their_own_factors_and_energies_their_root_mean_square() -> None:
+    samples, calibration = samples_of(4), Calibration(Growth(2.0), elements={29: 0.5, 1: 3.0})
+    factor = 2 * np.array([0.5, 3.0, 1.0, 1.0])  # unknown elements: 1
+    sigma = calibration.sigma(samples, Z)
+    np.testing.assert_allclose(sigma["forces"], factor[:, None] * samples["forces"].std(0, ddof=1))
+    assert sigma["energy"] == pytest.approx(np.sqrt((factor**2).mean()) * samples["energy"].std(ddof=1))
+    assert "Cu 0.50" in calibration.sentence()
+
+
+def test_factors_of_elements_are_found_where_they_are() -> None:
+    generator = np.random.default_rng(0)
+    z = np.repeat([1, 6, 8], [600, 600, 5])
+    sigma = np.exp(generator.normal(size=(len(z), 3)))
+    error = generator.normal(size=sigma.shape) * sigma * np.where(z == 1, 2.0, 0.5)[:, None]
+    found = fit_elements(error, sigma, z)
+    assert found == {1: pytest.approx(2.0, rel=0.05), 6: pytest.approx(0.5, rel=0.05), 8: 1.0}  # five atoms say nothing
+
+
+def test_monotone_curve_follows_what_one_factor_cannot() -> None:
+    """Errors of σ = s² (a factor that rises with the spread): between the knots as well as at them."""
+    generator = np.random.default_rng(0)
+    local = np.exp(generator.normal(scale=0.7, size=5000))
+    std = local[:, None] * np.ones(3)
+    error = generator.normal(size=std.shape) * std**2
+    curve = Monotone.fit(error, std)
+    inner = np.exp(np.linspace(-0.8, 0.8, 9))
+    np.testing.assert_allclose(curve.factor(inner), inner, rtol=0.1)
+    assert np.all(np.diff(inner * curve.factor(inner)) > 0)
+    far = np.array([1e3, 1e4])
+    np.testing.assert_allclose(curve.factor(far), curve.factors[-1])
+    assert nll(error, std * curve.factor(local)[:, None]) < nll(error, std * fit_scale(error, std)) - 0.1
+
+
+def test_monotone_curve_never_falls_where_errors_do() -> None:
+    generator = np.random.default_rng(1)
+    std = np.exp(generator.normal(size=2000))[:, None] * np.ones(3)
+    error = generator.normal(size=std.shape) / std  # the larger the spread, the smaller the error
+    curve = Monotone.fit(error, std)
+    sigma = np.array(curve.spreads) * np.array(curve.factors)
+    assert np.all(np.diff(sigma) > -1e-12)
+
+
+@pytest.mark.parametrize("curve", [Growth(1.3, 0.5, 0.01), Monotone((0.1, 0.2), (1.0, 1.5))])
+def test_calibrations_survive_a_checkpoint(curve) -> None:
+    calibration = Calibration(curve, {6: 1.1}, {"forces": 1.2}, {"forces": {0.9: 1.7}}, 10, 16, {"max_force": [0.1]})
+    assert Calibration.from_dict(calibration.to_dict()) == calibration
+
+
+def test_conformal_intervals_hold_what_they_state_for_any_distribution() -> None:
+    """Over many draws of a calibration set new errors are inside at least as often as stated, and hardly more often."""
+    generator = np.random.default_rng(0)
+    inside: dict[float, list[float]] = {}
+    for _ in range(2000):
+        error, sigma = generator.standard_t(2, size=120), np.exp(generator.normal(size=120))
+        for stated, q in conformal_quantiles(error[:100], sigma[:100], 100).items():
+            inside.setdefault(stated, []).append(float(np.mean(np.abs(error[100:]) <= q * sigma[100:])))
+    assert 0.99 in inside
+    for stated, shares in inside.items():
+        error_of_mean = np.std(shares) / np.sqrt(len(shares))
+        assert stated - 4 * error_of_mean < np.mean(shares) < stated + 1 / 101 + 4 * error_of_mean
+
+
+def test_too_few_frames_promise_no_high_coverage() -> None:
+    error = np.random.default_rng(0).normal(size=300)
+    assert max(conformal_quantiles(error, np.ones(300), n_frames=10)) == 0.9
+    calibration = Calibration(Growth(1.0), quantiles={"forces": {0.5: 0.7}})
+    assert calibration.quantile("forces", 0.5) == 0.7
+    with pytest.raises(
+        ValueError, match=r"no conformal quantile of 'forces' for a coverage of 0.9; there are forces: 0.5"
+    ):
+        calibration.quantile("forces", 0.9)
+
+
+def test_what_two_structures_have_wrong_alike_drops_out_of_their_difference() -> None:
+    common, own = np.random.default_rng(0).normal(size=(2, 50))
+    assert difference_sigma(common + own, common) == pytest.approx(own.std(ddof=1))
+    with pytest.raises(ValueError, match="the same draws"):
+        difference_sigma(common, own[:3])
+
+
+def test_force_covariance_is_that_of_each_atom() -> None:
+    forces = np.random.default_rng(0).normal(size=(7, 4, 3))
+    for atom, matrix in enumerate(force_covariance(forces)):
+        np.testing.assert_allclose(matrix, np.cov(forces[:, atom].T))

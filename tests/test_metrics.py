@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import uncertainty_toolbox as uct
 from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from forcedrop import metrics
+from forcedrop.bootstrap import BlockBootstrap
 
 
 @pytest.fixture
@@ -76,8 +77,8 @@ def test_ence_by_hand_and_by_size(honest) -> None:
 def test_block_bootstrap_is_wider_when_entries_are_copies() -> None:
     values = np.random.default_rng(0).normal(size=50)
     copies, blocks = np.repeat(values, 40), np.repeat(np.arange(50), 40)
-    by_block = metrics.block_bootstrap(copies, blocks)
-    by_entry = metrics.block_bootstrap(copies, np.arange(2000))
+    by_block = BlockBootstrap(blocks).interval(copies)
+    by_entry = BlockBootstrap(np.arange(2000)).interval(copies)
     expected = 2 * 1.96 * values.std() / np.sqrt(50)
     assert by_block[1] - by_block[0] == pytest.approx(expected, rel=0.2)
     assert by_block[1] - by_block[0] > 4 * (by_entry[1] - by_entry[0])
@@ -105,3 +106,54 @@ def test_zero_by_symmetry_is_left_out_and_zero_sigma_refused() -> None:
 def test_atom_norms_are_those_of_vectors() -> None:
     error, sigma = metrics.atom_norms(np.array([[3.0, 4, 0]]), np.array([[1.0, 2, 2]]))
     assert (error[0], sigma[0]) == (5.0, 3.0)
+
+
+def test_intervals_agree_with_drawing_frames_by_hand(honest) -> None:
+    """Every score of the report against recomputing it on drawn frames; bins and ranks are then drawn anew, so loosely."""
+    error, sigma = honest
+    blocks = np.repeat(np.arange(400), 10)
+    report = metrics.uncertainty_report(error, sigma, blocks)
+    generator = np.random.default_rng(7)
+    drawn: dict[str, list[float]] = {name: [] for name in report.intervals}
+    scores = {
+        "rmse": lambda e, s: metrics.rmse(e), "mae": lambda e, s: metrics.mae(e), "sigma_rms": lambda e, s: metrics.rmse(s),
+        "nll": metrics.nll, "crps": metrics.crps, "z2": metrics.mean_z2, "rll": metrics.relative_log_likelihood,
+        "miscalibration_area": metrics.miscalibration_area, "ence": metrics.ence, "spearman": metrics.spearman,
+    }  # fmt: skip
+    for _ in range(300):
+        entries = (generator.integers(0, 400, size=400)[:, None] * 10 + np.arange(10)).ravel()
+        for name, values in drawn.items():
+            values.append(scores[name](error[entries], sigma[entries]))
+    for name, values in drawn.items():
+        low, high = np.percentile(values, [2.5, 97.5])
+        assert report.intervals[name] == pytest.approx((low, high), abs=0.25 * (high - low)), name
+        assert low <= getattr(report, name) <= high or name in (
+            "miscalibration_area",
+            "ence",
+        )  # these are biased upwards
+
+
+def test_interval_of_detection_agrees_with_drawing_frames_by_hand(honest) -> None:
+    error, sigma = honest
+    blocks = np.repeat(np.arange(400), 10)
+    found = metrics.detection(np.abs(error), sigma, 0.05, blocks)
+    bad = np.abs(error) > found["threshold"]
+    assert found["auroc"] == pytest.approx(roc_auc_score(bad, sigma))
+    generator = np.random.default_rng(7)
+    drawn = []
+    for _ in range(300):
+        entries = (generator.integers(0, 400, size=400)[:, None] * 10 + np.arange(10)).ravel()
+        drawn.append(roc_auc_score(bad[entries], sigma[entries]))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert found["auroc_interval"] == pytest.approx((low, high), abs=0.25 * (high - low))
+
+
+def test_roc_curve_against_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    score = generator.integers(0, 20, size=500).astype(float)
+    positive = generator.random(500) < 0.1 + 0.02 * score
+    false, true = metrics.roc_curve(positive, score)
+    expected = roc_curve(positive, score, drop_intermediate=False)
+    assert false == pytest.approx(expected[0])
+    assert true == pytest.approx(expected[1])
+    assert np.trapezoid(true, false) == pytest.approx(metrics.auroc(positive, score))

@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from forcedrop.calibration import CRITERIA, Calibration, fit_growth, fit_scale, frame_criteria
+from forcedrop.calibration import (
+    CRITERIA,
+    Calibration,
+    Curve,
+    Growth,
+    Monotone,
+    conformal_quantiles,
+    fit_elements,
+    fit_scale,
+    frame_criteria,
+    local_spread,
+)
 from forcedrop.graph import AtomicGraph
+from forcedrop.metrics import atom_norms, nll
 from forcedrop.sampling import FramePrediction, predict_graphs
 from forcedrop.training.checkpoint import Committee, TrainedModel
 
 SAMPLES = 64
 """Samples of a calibration, more than of a prediction: noise of the spreads would hide how errors grow with them."""
+FOLDS = 5
+"""Of the calibration frames, to choose what is fitted to them."""
+
+
+class ForceErrors(NamedTuple):
+    """Of all atoms with labels: errors (n, 3), spreads (n, 3), atomic numbers (n,) and frames (n,)."""
+
+    error: np.ndarray
+    std: np.ndarray
+    z: np.ndarray
+    frame: np.ndarray
+
+    def of(self, rows: np.ndarray) -> ForceErrors:
+        """Return some of the atoms."""
+        return ForceErrors(*(column[rows] for column in self))
 
 
 def calibrate(
@@ -22,8 +49,8 @@ def calibrate(
 ) -> Calibration:
     """Return the calibration of a model on labelled graphs.
 
-    Factor and growth are those of the forces where there are any, else one factor is that of the energies; what each property
-    on its own would ask for is kept beside them.
+    Curve and elements' factors are those of the forces where there are any, else one factor is that of the energies; what each
+    property on its own would ask for is kept beside them.
 
     Args:
         model: what to calibrate; a calibration that it has already is not looked at.
@@ -37,31 +64,104 @@ def calibrate(
         n_samples = min(model.bank or SAMPLES, SAMPLES)
     predictions = predict_graphs(model.predictor(n_samples), graphs, model.device)
     found = list(tqdm(predictions, total=len(graphs), desc="calibration", unit="frame", leave=False))
-    forces, energies = (_entries(graphs, found, name) for name in ("forces", "energy"))
+    forces = _force_errors(graphs, found)
+    energies = _entries(graphs, found, "energy", [p.std for p in found])
     if forces is not None:
-        scale, exponent, reference = fit_growth(*(x.reshape(-1, 3) for x in forces))
+        shared = choose(forces)
     elif energies is not None:
-        scale, exponent, reference = fit_scale(*energies), 0.0, 1.0
+        shared = Calibration(Growth(fit_scale(*energies)))
     else:
         raise ValueError("calibration needs frames with forces or energies; there are none among the held-out frames")
-    shared = Calibration(scale, exponent, reference)
-    sigma = [shared.sigma(p.samples) for p in found]
+    sigma = [shared.sigma(p.samples, graph.z.cpu().numpy()) for graph, p in zip(graphs, found, strict=True)]
     entries = {name: _entries(graphs, found, name, sigma) for name in ("energy", "forces", "stress")}
-    scales = {name: fit_scale(*pair) for name, pair in entries.items() if pair is not None}
+    present = {name: pair for name, pair in entries.items() if pair is not None}
+    scales = {name: fit_scale(*pair) for name, pair in present.items()}
+    if "forces" in present:
+        present["atoms"] = atom_norms(*(x.reshape(-1, 3) for x in present["forces"]))
     criteria = [frame_criteria(s["forces"], float(s["energy"])) for s in sigma]
-    levels = {name: sorted(frame[name] for frame in criteria) for name in CRITERIA}
-    k = len(found[0].samples["energy"])
-    return Calibration(scale, exponent, reference, scales, len(graphs), k, levels)
+    return Calibration(
+        curve=shared.curve,
+        elements=shared.elements,
+        scales=scales,
+        quantiles={name: conformal_quantiles(*pair, len(graphs)) for name, pair in present.items()},
+        n_frames=len(graphs),
+        n_samples=len(found[0].samples["energy"]),
+        levels={name: sorted(frame[name] for frame in criteria) for name in CRITERIA},
+    )
+
+
+def choose(forces: ForceErrors) -> Calibration:
+    """Return the calibration of the forces that predicts the likelihood of frames left out best, by cross-validation.
+
+    From simple to rich: one factor, growth, growth with elements' factors. A richer one is taken if it is better by more than the
+    standard error of the gain over the folds. Fewer than 10 frames decide nothing: one factor.
+    """
+    if len(np.unique(forces.frame)) < 2 * FOLDS:
+        return one_factor(forces)
+    best, best_scores = 0, cross_validate(forces, CANDIDATES[0])
+    for number, candidate in enumerate(CANDIDATES[1:], start=1):
+        scores = cross_validate(forces, candidate)
+        gain = best_scores - scores
+        if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)):
+            best, best_scores = number, scores
+    return CANDIDATES[best](forces)
+
+
+def one_factor(forces: ForceErrors) -> Calibration:
+    """Return one factor for all."""
+    return Calibration(Growth(fit_scale(forces.error, forces.std)))
+
+
+def growing(forces: ForceErrors) -> Calibration:
+    """Return a factor that grows with the spread."""
+    return Calibration(Growth.fit(forces.error, forces.std))
+
+
+def monotone(forces: ForceErrors) -> Calibration:
+    """Return the factor of an isotonic regression; to compare with, see ``benchmarks/honesty.py``."""
+    return Calibration(Monotone.fit(forces.error, forces.std))
+
+
+def growing_by_element(forces: ForceErrors) -> Calibration:
+    """Return a growing factor and one of each element."""
+    curve: Curve = Growth.fit(forces.error, forces.std)
+    sigma = curve.factor(local_spread(forces.std))[:, None] * forces.std
+    return Calibration(curve, fit_elements(forces.error, sigma, forces.z))
+
+
+CANDIDATES = (one_factor, growing, growing_by_element)
+
+
+def cross_validate(forces: ForceErrors, candidate: Any) -> np.ndarray:
+    """Return the mean negative log-likelihood of the forces of each fold of frames under a calibration fitted to the others."""
+    folds = np.unique(forces.frame, return_inverse=True)[1] % FOLDS
+    scores = []
+    for fold in range(FOLDS):
+        own, others = forces.of(folds == fold), forces.of(folds != fold)
+        fitted = candidate(others)
+        sigma = fitted.factors(local_spread(own.std), own.z)[:, None] * own.std
+        seen = sigma > 1e-12
+        scores.append(nll(own.error[seen], sigma[seen]))
+    return np.array(scores)
+
+
+def _force_errors(graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction]) -> ForceErrors | None:
+    rows = []
+    for index, (graph, p) in enumerate(zip(graphs, found, strict=True)):
+        if bool(graph.has_forces):
+            error = p.mean["forces"] - graph.forces.double().cpu().numpy()
+            rows.append((error, p.std["forces"], graph.z.cpu().numpy(), np.full(len(error), index)))
+    return ForceErrors(*(np.concatenate(column) for column in zip(*rows, strict=True))) if rows else None
 
 
 def _entries(
-    graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction], name: str, sigma: Sequence[Any] | None = None
+    graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction], name: str, sigma: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return errors and spreads, or ``sigma``, of one property, flat; None if no graph has its label."""
+    """Return errors and ``sigma`` of one property, flat; None if no graph has its label."""
     errors, spreads = [], []
-    for index, (graph, p) in enumerate(zip(graphs, found, strict=True)):
+    for graph, p, own in zip(graphs, found, sigma, strict=True):
         if bool(graph[f"has_{name}"]):
             label = graph[name].reshape(np.shape(p.mean[name])).double().cpu().numpy()
             errors.append(np.ravel(p.mean[name] - label))
-            spreads.append(np.ravel((p.std if sigma is None else sigma[index])[name]))
+            spreads.append(np.ravel(own[name]))
     return (np.concatenate(errors), np.concatenate(spreads)) if errors else None

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from forcedrop.calibration import Calibration
+from forcedrop.calibration import Calibration, Growth
 from forcedrop.derive import derive
 from forcedrop.training import TrainedModel, load_model, save_model
 from tests.conftest import batch_of, ethanol, make_potential
@@ -10,7 +10,9 @@ from tests.conftest import batch_of, ethanol, make_potential
 def test_a_model_comes_back_the_same(tmp_path) -> None:
     potential = make_potential(zbl=True)
     potential.posterior = torch.randn(potential.n_readout, potential.n_readout, dtype=torch.float64)
-    calibration = Calibration(1.3, 0.5, 0.01, {"forces": 1.3}, 10, 16, {"max_force": [0.1, 0.2]})
+    calibration = Calibration(
+        Growth(1.3, 0.5, 0.01), {29: 1.1}, {"forces": 1.3}, {"forces": {0.9: 1.8}}, 10, 16, {"max_force": [0.1, 0.2]}
+    )
     model = TrainedModel(potential, calibration, bank=8, bank_seed=5, provenance={"training_set": {"hash": "abc"}})
     save_model(model, tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")

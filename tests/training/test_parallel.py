@@ -75,7 +75,7 @@ def assert_same_training(one: Path, two: Path, tolerance: float = 1e-9) -> None:
     expected, found = (load_model(folder / "run" / "model.pt") for folder in (one, two))
     for name, value in expected.potential.state_dict().items():
         torch.testing.assert_close(found.potential.state_dict()[name], value, rtol=tolerance, atol=tolerance)
-    assert found.calibration.scale == pytest.approx(expected.calibration.scale, rel=1e-7)
+    assert found.calibration.curve.scale == pytest.approx(expected.calibration.curve.scale, rel=1e-7)
     assert rows(one) == [pytest.approx(row, rel=1e-7, nan_ok=True) for row in rows(two)]
 
 

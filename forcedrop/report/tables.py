@@ -1,0 +1,218 @@
+"""Tables and descriptions as text."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols
+from ase.symbols import Symbols
+
+from forcedrop.active import UNITS, Flags
+from forcedrop.evaluation import Evaluation
+from forcedrop.metrics import UncertaintyReport
+from forcedrop.report.labels import LABEL
+from forcedrop.structures import Frame
+from forcedrop.training import TrainedModel
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """Return the errors and the honesty of σ as a text table, with a sentence on each property."""
+    head = [
+        "",
+        "RMSE",
+        "MAE",
+        "plain RMSE",
+        "σ (rms)",
+        "z²",
+        "95 % of z²",
+        "area",
+        "RLL %",
+        "Spearman (ceiling)",
+    ]
+    reports = evaluation.reports()
+    rows = [head]
+    for name, r in reports.items():
+        milli = [f"{1e3 * value:.2f}" for value in (r.rmse, r.mae, evaluation.plain_rmse[name], r.sigma_rms)]
+        interval = "{:.2f} … {:.2f}".format(*r.intervals["z2"])
+        shape = [f"{r.z2:.2f}", interval, f"{r.miscalibration_area:.3f}", f"{r.rll:.0f}"]
+        what, unit = LABEL[name]
+        rows.append([f"{what} [m{unit}]", *milli, *shape, f"{r.spearman:.2f} ({r.spearman_ceiling:.2f})"])
+    lines = format_table(rows)
+    kind = "calibrated σ" if evaluation.calibrated else "raw spread, not calibrated"
+    lines.append(
+        f"{evaluation.n_frames} frames, {kind}; total energy RMSE {1e3 * evaluation.total_energy_rmse:.2f} meV"
+    )
+    if found := evaluation.detection():
+        low, high = found["auroc_interval"]
+        lines.append(
+            f"worst {100 * found['share']:.0f} % of atoms (force error above {1e3 * found['threshold']:.0f} meV/Å): "
+            f"AUROC {found['auroc']:.3f} ({low:.3f} … {high:.3f}), precision {found['precision']:.2f}"
+        )
+    if elements := evaluation.by_element():
+        lines += ["", *_element_lines(elements)]
+    if evaluation.coverage:
+        lines += ["", *_coverage_lines(evaluation.coverage)]
+    lines.append("")
+    lines += [f"{LABEL[name][0]}: {report.sentence()}" for name, report in reports.items()]
+    return "\n".join(lines)
+
+
+def _element_lines(reports: Mapping[str, UncertaintyReport]) -> list[str]:
+    """Return errors and honesty of the force components of each element."""
+    rows = [["force components of", "n", "RMSE [meV/Å]", "σ (rms)", "z²", "95 % of z²", "area"]]
+    for symbol, r in reports.items():
+        errors = [f"{1e3 * value:.2f}" for value in (r.rmse, r.sigma_rms)]
+        interval = "{:.2f} … {:.2f}".format(*r.intervals["z2"])
+        rows.append([symbol, str(r.n), *errors, f"{r.z2:.2f}", interval, f"{r.miscalibration_area:.3f}"])
+    return format_table(rows)
+
+
+def _coverage_lines(coverage: Mapping[str, Mapping[float, float]]) -> list[str]:
+    """Return the shares of errors inside the conformal intervals."""
+    stated = sorted({level for levels in coverage.values() for level in levels})
+    rows = [["inside conformal intervals of", *(f"{100 * level:g} %" for level in stated)]]
+    names = {name: what for name, (what, _) in LABEL.items()} | {"energy": "energy", "atoms": "force vector"}
+    for name, levels in coverage.items():
+        rows.append([names[name], *(f"{100 * levels[x]:.1f}" if x in levels else "–" for x in stated)])
+    return format_table(rows)
+
+
+def comparison_rows(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> list[dict[str, Any]]:
+    """Return one row a model and set: errors [meV, meV/Å], and of the forces how honest σ is.
+
+    Args:
+        evaluations: by model, then by set.
+    """
+    rows = []
+    for model, sets in evaluations.items():
+        for name, found in sets.items():
+            reports, detection = found.reports(), found.detection()
+            row: dict[str, Any] = {"model": model, "set": name, "energy_rmse_meV": 1e3 * found.total_energy_rmse}
+            if "energy" in reports:
+                row["energy_z2"] = reports["energy"].z2
+            if "forces" in reports:
+                r = reports["forces"]
+                row |= {
+                    "forces_rmse_meV_A": 1e3 * r.rmse,
+                    "forces_nll": r.nll,
+                    "forces_crps_meV_A": 1e3 * r.crps,
+                    "forces_z2": r.z2,
+                    "forces_z2_low": r.intervals["z2"][0],
+                    "forces_z2_high": r.intervals["z2"][1],
+                    "forces_area": r.miscalibration_area,
+                    "forces_rll_percent": r.rll,
+                    "auroc_worst_5_percent": detection["auroc"],
+                }
+            rows.append({k: v if isinstance(v, str) else round(float(v), 4) for k, v in row.items()})
+    return rows
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of :func:`comparison_rows` as text, a block a set."""
+    heads = {
+        "energy_rmse_meV": "E RMSE [meV]", "energy_z2": "z² of E", "forces_rmse_meV_A": "F RMSE [meV/Å]",
+        "forces_nll": "NLL", "forces_crps_meV_A": "CRPS [meV/Å]", "forces_z2": "z²", "forces_area": "area",
+        "forces_rll_percent": "RLL %", "auroc_worst_5_percent": "AUROC",
+    }  # fmt: skip
+    lines: list[str] = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        chosen = [row for row in rows if row["set"] == name]
+        keys = [key for key in heads if any(key in row for row in chosen)]
+        table = [[name, *(heads[key] for key in keys)]]
+        table += [[row["model"], *(f"{row[key]:.3g}" if key in row else "–" for key in keys)] for row in chosen]
+        lines += [*format_table(table), ""]
+    return "\n".join(lines).rstrip()
+
+
+def ranking_csv(flags: Flags, path: str | Path) -> Path:
+    """Write all frames, most uncertain first, with every criterion, and whether they are flagged."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        names = [f"sigma_{name}" for name in UNITS]
+        writer.writerow(["rank", "frame", "source", *names, "flagged"])
+        for rank, index in enumerate(flags.ranking):
+            frame = flags.frames[index]
+            values = [f"{frame.info[name]:.6g}" for name in names]
+            flagged = int(flags.values[index] > flags.threshold)
+            writer.writerow([rank + 1, int(index), frame.info["origin"], *values, flagged])
+    return path
+
+
+def describe_model(model: TrainedModel) -> str:
+    """Return what a model knows: elements, shape, dropout sites, data, calibration."""
+    config, provenance = model.potential.config, model.provenance
+    n_weights = sum(p.numel() for p in model.potential.parameters())
+    data = provenance.get("training_set", {})
+    lines = [
+        f"forcedrop {provenance.get('forcedrop', '?')} model of {provenance.get('date', '?')}",
+        f"elements: {' '.join(chemical_symbols[z] for z in config.elements)}; cutoff {config.cutoff} Å",
+        f"network: {config.n_layers} layers, {config.n_channels} channels, l ≤ {config.l_max}, {n_weights} weights"
+        + (", ZBL repulsion" if config.zbl else ""),
+        "dropout sites: " + (", ".join(f"{s.name} p={s.rate:g}" for s in model.potential.sites) or "none"),
+        f"trained on {data.get('frames', '?')} frames, {data.get('atoms', '?')} atoms (sha256 {data.get('hash', '?')[:12]})",
+    ]
+    shortest = data.get("shortest_distance", {})
+    if shortest:
+        lines.append("shortest distances [Å]: " + ", ".join(f"{k} {v:.2f}" for k, v in shortest.items()))
+    last = provenance.get("last_epoch", {})
+    if last:
+        lines.append(
+            f"validation RMSE: forces {last['val_forces_meV_A']:.1f} meV/Å, energy {last['val_energy_meV_atom']:.2f} meV/atom"
+        )
+    if model.calibration is None:
+        lines.append("not calibrated")
+    else:
+        c = model.calibration
+        own = ", ".join(f"{name} {value:.2f}" for name, value in c.scales.items())
+        lines.append(
+            f"calibration: {c.sentence()} of {c.n_samples} samples, on {c.n_frames} frames; then on their own: {own}"
+        )
+        for name, unit in UNITS.items():
+            median, high = c.threshold(name, 0.5), c.threshold(name, 0.95)
+            lines.append(f"  {name} σ there: median {median:.4g}, 95 % below {high:.4g} {unit}")
+    return "\n".join(lines)
+
+
+def describe_frames(frames: Sequence[Frame]) -> str:
+    """Return how many frames of what, with which labels, in which ranges."""
+    sizes = [len(f) for f in frames]
+    formulas = Counter(symbols_formula(f) for f in frames)
+    labelled = {name: sum(getattr(f, name) is not None for f in frames) for name in ("energy", "forces", "stress")}
+    periodic = sum(bool(f.pbc.any()) for f in frames)
+    common = ", ".join(f"{formula} ({count})" for formula, count in formulas.most_common(6))
+    lines = [
+        f"{len(frames)} frames of {min(sizes)} to {max(sizes)} atoms, {periodic} periodic",
+        f"compositions: {common}" + (f" and {len(formulas) - 6} more" if len(formulas) > 6 else ""),
+        "labels: " + ", ".join(f"{name} {count}" for name, count in labelled.items()),
+    ]
+    energies = [f.energy / len(f) for f in frames if f.energy is not None]
+    if energies:
+        lines.append(f"energy: {min(energies):.4f} … {max(energies):.4f} eV/atom")
+    forces = [f.forces.ravel() for f in frames if f.forces is not None]
+    if forces:
+        every = np.concatenate(forces)
+        lines.append(f"forces: RMS {np.sqrt(np.mean(every**2)):.4f}, largest component {np.abs(every).max():.3f} eV/Å")
+    return "\n".join(lines)
+
+
+def symbols_formula(frame: Frame) -> str:
+    """Return the chemical formula in Hill order."""
+    return str(Symbols(frame.z).get_chemical_formula())
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: first column to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
