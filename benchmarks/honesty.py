@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, environment, read_results, write_results
+from common import RESULTS, environment, read_results, with_changes, write_results
 from race import DROPOUT
 
 from forcedrop.calibration import Calibration, Growth
@@ -71,6 +71,7 @@ VARIANTS = {
     "strong dropout, bank of 16": Variant({"dropout": NONE | STRONG | {"bank": 16}}, masks_alone),
     "likelihood after plain training": Variant({"dropout": NONE | DROPOUT | {"bank": 16}, **LATE}, masks_alone),
     "likelihood, strong dropout": Variant({"dropout": NONE | STRONG | {"bank": 16}, **LATE}, masks_alone),
+    "shallow ensemble of 16": Variant({"dropout": NONE, "model": {"n_heads": 16}, **LATE}),
     "deep ensemble of 5": Variant({"dropout": NONE}, Committee, seeds=range(5)),
 }
 
@@ -115,7 +116,7 @@ def split() -> dict[str, list[Frame]]:
 def trained(changes: dict[str, Any], seed: int, sets: dict[str, list[Frame]]) -> TrainedModel:
     """Return the trained network of a variant; trainings that are there already are not repeated."""
     values = load_config(ROOT / "examples" / "configs" / "ethanol.yaml").model_dump(mode="json", exclude_unset=True)
-    values |= {"seed": seed, "stage_one": {"epochs": EPOCHS}} | changes
+    values = with_changes(values, {"stage_one": {"epochs": EPOCHS}} | changes) | {"seed": seed}
     values["data"] = {
         "train": [str(RUNS / "train.h5")],
         "validation": [str(RUNS / "validation.h5")],

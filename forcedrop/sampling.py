@@ -68,10 +68,12 @@ def draw_masks(potential: Potential, batch: Batch, seed: int, samples: int | Seq
 
 
 def draw_shifts(potential: Potential, seed: int, n_samples: int) -> Tensor | None:
-    """Return K draws from the posterior of the readouts about their mean, shape (K, F); None where there is no posterior.
+    """Return what K samples add to the readouts, shape (K, F): draws from their posterior or learned heads; None without.
 
     Their own mean is taken off, so that they leave the mean over the samples where the plain readouts have it.
     """
+    if potential.heads is not None:
+        return potential.shifts(n_samples)
     if potential.posterior is None:
         return None
     root = potential.posterior

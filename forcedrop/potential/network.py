@@ -13,11 +13,13 @@ mask multiplies a *branch*, never the stream of features itself; it is the same 
 one smooth, conservative and extensive potential.
 
 The weights of the readouts, the last linear maps of all, may have a posterior (``Potential.posterior``): a sample then also
-shifts them by a random vector, ``READOUT_SHIFT`` among the masks, and is no less a smooth potential.
+shifts them by a random vector, ``READOUT_SHIFT`` among the masks, and is no less a smooth potential. Or the shifts are learned
+(``Potential.heads``): a shallow ensemble.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -67,6 +69,7 @@ class PotentialConfig:
         cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
         n_hidden: hidden channels of the last readout.
         zbl: whether the short-range ZBL repulsion is added.
+        n_heads: readouts of a shallow ensemble; 0 for none.
         dropout: the rates of the dropout sites.
     """
 
@@ -80,6 +83,7 @@ class PotentialConfig:
     cutoff_power: int = 6
     n_hidden: int = 64
     zbl: bool = False
+    n_heads: int = 0
     dropout: DropoutRates = field(default_factory=DropoutRates)
 
     @property
@@ -184,6 +188,8 @@ class Potential(nn.Module):
         lookup[list(config.elements)] = torch.arange(n_species)
         self.register_buffer("species_of_z", lookup, persistent=False)
         self.register_buffer("posterior", None)
+        heads = torch.randn(config.n_heads, self.n_readout) * (0.1 / math.sqrt(c))
+        self.heads = nn.Parameter(heads) if config.n_heads else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Potential:
         """Move or cast the module, but keep the isolated-atom energies in float64: they are large."""
@@ -199,8 +205,19 @@ class Potential(nn.Module):
 
     @property
     def has_samples(self) -> bool:
-        """Whether there is anything to sample: a dropout site, or a posterior of the readouts."""
-        return bool(self.sites) or self.posterior is not None
+        """Whether there is anything to sample: a dropout site, a posterior of the readouts, or several readouts."""
+        return bool(self.sites) or self.posterior is not None or self.heads is not None
+
+    def shifts(self, n_heads: int) -> Tensor:
+        """Return what the first heads of a shallow ensemble add to the readouts, about their mean, shape (n_heads, F).
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if self.heads is None or n_heads > len(self.heads):
+            raise ValueError(f"this network has {self.config.n_heads} heads, asked for {n_heads} samples")
+        chosen = self.heads[:n_heads]
+        return chosen - chosen.mean(0)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -326,7 +343,7 @@ def require_samples(potential: Potential) -> None:
     """Say so if there is nothing to sample.
 
     Raises:
-        ValueError: if the network has neither a dropout site with a rate above 0 nor a posterior of its readouts.
+        ValueError: if the network has no dropout site with a rate above 0, no posterior of its readouts and no heads.
     """
     if not potential.has_samples:
         raise ValueError(

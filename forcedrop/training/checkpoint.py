@@ -18,7 +18,7 @@ from forcedrop.calibration import Calibration
 from forcedrop.potential import Potential, PotentialConfig
 from forcedrop.sampling import Predictor, committee, sampled
 
-FORMAT = 3
+FORMAT = 4
 SAMPLES = 16
 """Masks of a prediction where nobody asks for another number."""
 UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
@@ -31,7 +31,7 @@ class TrainedModel:
     Attributes:
         potential: the network.
         calibration: what turns raw spread into σ; None for a model that was not calibrated.
-        bank: number of masks it was trained with; 0 if any mask will do.
+        bank: number of masks or heads it was trained with; 0 if any draw will do.
         bank_seed: their seed.
         provenance: training-set hash, element and distance ranges, settings, date, version.
     """

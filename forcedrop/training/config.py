@@ -56,6 +56,9 @@ class ModelSection(_Section):
     cutoff_power: int = Field(6, ge=1, description="of the cutoff function; the lower, the more near neighbours weigh")
     n_hidden: int = Field(64, ge=1)
     zbl: bool = Field(False, description="add the short-range ZBL repulsion")
+    n_heads: int = Field(
+        0, ge=0, description="readouts of a shallow ensemble, learned in stage two, instead of a posterior; 0 for none"
+    )
 
 
 class DropoutSection(_Section):
@@ -118,7 +121,7 @@ class StageOneSection(_Section):
 
 
 class StageTwoSection(_Section):
-    """Optional: training on a Gaussian likelihood of energies and forces over several masks per structure.
+    """Optional: training on a Gaussian likelihood of energies and forces over several masks per structure, or all heads.
 
     Made for a plain stage one (``stage_one.dropout: false``). After one with masks it made σ worse in trials on ethanol (no
     committed benchmark yet): it fits σ to errors on training frames, which are smaller than those on others.
@@ -169,13 +172,27 @@ class TrainConfig(_Section):
     @property
     def gives_error_bars(self) -> bool:
         """Whether the model will have something to sample: trained masks, or a posterior of its readouts."""
-        return self.trains_masks or self.posterior.frames > 0
+        return self.trains_masks or self.posterior.frames > 0 or self.model.n_heads > 0
+
+    @property
+    def n_functions(self) -> int:
+        """Number of functions that were trained as such, masks or heads; 0 if any draw will do."""
+        return self.model.n_heads or (self.dropout.bank if self.trains_masks else 0)
 
     @model_validator(mode="after")
     def _stages_fit_sites(self) -> Self:
         sites = any(self.dropout.rates.values())
-        if self.stage_two.epochs and not sites:
-            raise ValueError("`stage_two.epochs` is above 0 but every rate in `dropout` is 0: nothing to sample")
+        if self.model.n_heads:
+            if sites or not self.stage_two.epochs or self.model.n_heads < 2:
+                raise ValueError(
+                    "a shallow ensemble needs `model.n_heads` of at least 2, `stage_two.epochs` above 0, where its heads are "
+                    f"learned, and every rate in `dropout` 0; got {self.model.n_heads} heads, {self.stage_two.epochs} epochs"
+                )
+        elif self.stage_two.epochs and not sites:
+            raise ValueError(
+                "`stage_two.epochs` is above 0 but every rate in `dropout` is 0 and there are no `model.n_heads`: "
+                "nothing to sample"
+            )
         if sites and not self.trains_masks:
             raise ValueError(
                 "`dropout` has rates above 0 but no stage trains with masks: set `stage_one.dropout` or `stage_two.epochs`, "

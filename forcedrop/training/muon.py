@@ -90,7 +90,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a weight is a map between channels, at least 6 to 6: those are Muon's, the rest is Adam's."""
-    return parameter.ndim == 2 and min(parameter.shape) > 4 and not name.endswith("species.weight")
+    return parameter.ndim == 2 and min(parameter.shape) > 4 and not name.endswith(("species.weight", "heads"))
 
 
 def make_optimisers(potential: Potential, settings: OptimiserSection) -> list[torch.optim.Optimizer]:

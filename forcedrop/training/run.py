@@ -182,7 +182,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     potential = trainer.potential.eval()
     model = TrainedModel(
         potential=potential,
-        bank=config.dropout.bank if config.trains_masks else 0,
+        bank=config.n_functions,
         bank_seed=config.dropout.bank_seed,
         provenance={
             "forcedrop": forcedrop.__version__,
@@ -200,7 +200,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
         },
     )
     save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
-    if config.posterior.frames:
+    if config.posterior.frames and potential.heads is None:
         potential.posterior = fit_posterior(
             potential, trainer.graphs, trainer.validation, frames=config.posterior.frames
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forcedrop.derive import Derived, derive_pairs, derive_pairs_samples
-from forcedrop.potential import GraphInputs, Potential
+from forcedrop.potential import READOUT_SHIFT, GraphInputs, Potential
 from forcedrop.sampling import reduce_samples
 from forcedrop.training.config import LossSection
 from forcedrop.training.losses import Targets, likelihood_loss, plain_loss, squared_errors
@@ -87,6 +87,8 @@ class Objective(nn.Module):
             loss = plain_loss(derived, target, self.loss, self.scale, ramp)
             mean = Derived(*(x.detach() for x in derived))
         else:
+            if n_heads := self.potential.config.n_heads:
+                masks = {**masks, READOUT_SHIFT: self.potential.shifts(n_heads)}
             samples = derive_pairs_samples(self.potential, graph, vec, target.volume, masks)
             loss = likelihood_loss(samples, target, self.loss, self.scale, self.mean_weight, reduce=self.reduce)
             mean = reduce_samples(Derived(*(x.detach() for x in samples))).mean

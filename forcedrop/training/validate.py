@@ -63,7 +63,9 @@ def validate(
         target = targets(batch)
         z2 = sums.new_zeros(())
         if likelihood:
-            prediction = predict(potential, batch, n_samples=default_samples(dropout.bank), seed=dropout.bank_seed)
+            prediction = predict(
+                potential, batch, n_samples=default_samples(config.n_functions), seed=dropout.bank_seed
+            )
             mean = prediction.mean
             loss = likelihood_loss(prediction.samples, target, config.loss, scale, mean_weight=0.0, beta=0.0)
             # a proper score; what is minimised, weighted, is none
