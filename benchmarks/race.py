@@ -4,6 +4,7 @@
     python benchmarks/race.py mace --program PATH/mace_run_train     # of an environment of its own with mace-torch
     python benchmarks/race.py forcedrop plain                        # the recipe as shipped
     python benchmarks/race.py forcedrop dropout                      # with masks: update 0.1, readout 0.3
+    python benchmarks/race.py forcedrop no_decay                     # without weight decay: see holes.py
     python benchmarks/race.py collect                                # table, plot, results/race.json
     python benchmarks/race.py test                                   # once, at the very end: the published test sets
 
@@ -59,7 +60,7 @@ def main() -> None:
     mace = parts.add_parser("mace", help="train MACE for an hour")
     mace.add_argument("--program", type=Path, required=True, help="mace_run_train of its own environment")
     own = parts.add_parser("forcedrop", help="train forcedrop")
-    own.add_argument("kind", choices=("plain", "dropout"))
+    own.add_argument("kind", choices=("plain", "dropout", "no_decay"))
     parts.add_parser("collect", help="table, plot and results/race.json from the logs")
     judge = parts.add_parser("test", help="errors on the published test sets; once, at the very end")
     judge.add_argument("kinds", nargs="*", default=["plain", "dropout"], help="which trainings")
@@ -131,6 +132,8 @@ def race_config(kind: str, data: Path) -> TrainConfig:
     }
     if kind == "dropout":
         recipe |= {"dropout": DROPOUT, "posterior": {"frames": 0}}
+    if kind == "no_decay":
+        recipe |= {"optimiser": {"weight_decay": 0.0}}
     return parse_config({**recipe, "output": str(RUNS / kind), "seed": SEED})
 
 

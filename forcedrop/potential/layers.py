@@ -172,13 +172,14 @@ class Update(nn.Module):
         self.species = SpeciesWeights(n_species, 3 * n_channels)
         self.mix = TensorLinear([3 * n_channels] * (l_out + 1), n_channels)
 
-    def forward(self, fields: Tensor, one_hot: Tensor) -> Tensor:
-        """Return the branch, shape ((l_out+1)², N, C), from fields (S, N, 3C)."""
+    def forward(self, fields: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the branch, shape ((l_out+1)², N, C), and the invariants it is made of, (N, 3C), from fields (S, N, 3C)."""
         one, two, three = fields.unflatten(2, (3, -1)).unbind(2)
         second, third = self.products(one, two, three)
         first = one[: (self.l_out + 1) ** 2]
         terms = [norm(x) for norm, x in zip(self.norms, (first, second, third), strict=True)]
-        return self.mix(by_degree(self.species(torch.cat(terms, dim=-1), one_hot)))
+        every = self.species(torch.cat(terms, dim=-1), one_hot)
+        return self.mix(by_degree(every)), every[0]
 
 
 class Message(nn.Module):

@@ -23,6 +23,13 @@ class _Gather(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         _, nbr, reverse = inputs
         ctx.save_for_backward(nbr, reverse)
+        ctx.save_for_forward(nbr, reverse)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        nbr, reverse = ctx.saved_tensors
+        moved: Tensor = _Gather.apply(tangent, nbr, reverse)
+        return moved
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -42,6 +49,13 @@ class _SumReverse(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         _, nbr, reverse = inputs
         ctx.save_for_backward(nbr, reverse)
+        ctx.save_for_forward(nbr, reverse)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        nbr, reverse = ctx.saved_tensors
+        moved: Tensor = _SumReverse.apply(tangent, nbr, reverse)
+        return moved
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -12,9 +12,10 @@ Dropout sites (``Potential.sites``): ``layers.t.edges`` one bit per undirected p
 mask multiplies a *branch*, never the stream of features itself; it is the same for every atom of a structure, so each mask is
 one smooth, conservative and extensive potential.
 
-The weights of the readouts, the last linear maps of all, may have a posterior (``Potential.posterior``): a sample then also
-shifts them by a random vector, ``READOUT_SHIFT`` among the masks, and is no less a smooth potential. Or the shifts are learned
-(``Potential.heads``): a shallow ensemble.
+What an atom's energy could be read from linearly, the invariant products of every layer and the hidden channels of the last
+(``Potential.features``), may have weights of its own for every element that are 0 but for their posterior
+(``Potential.posterior``): a sample then adds a random vector of them, ``READOUT_SHIFT`` among the masks, and is no less a smooth
+potential. Or these weights are learned (``Potential.heads``): a shallow ensemble.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class PotentialConfig:
 
 
 READOUT_SHIFT = "readout.shift"
-"""Name, among the masks, of what a sample adds to the weights of the readouts, shape (F,) or (N, F)."""
+"""Name, among the masks, of what a sample adds to the weights that the energy is read from, shape (F,) or (N, F)."""
 
 
 class Site(NamedTuple):
@@ -200,16 +201,17 @@ class Potential(nn.Module):
 
     @property
     def n_readout(self) -> int:
-        """Number F of weights of the linear readouts: of every layer's scalars, and of the hidden channels of the last."""
-        return self.config.n_layers * self.config.n_channels + self.config.n_hidden
+        """Number F of weights that a sample may shift: of each element, one for each of :meth:`features`."""
+        config = self.config
+        return len(config.elements) * (3 * config.n_layers * config.n_channels + config.n_hidden)
 
     @property
     def has_samples(self) -> bool:
-        """Whether there is anything to sample: a dropout site, a posterior of the readouts, or several readouts."""
+        """Whether there is anything to sample: a dropout site, a posterior of what it is read from, or heads."""
         return bool(self.sites) or self.posterior is not None or self.heads is not None
 
     def shifts(self, n_heads: int) -> Tensor:
-        """Return what the first heads of a shallow ensemble add to the readouts, about their mean, shape (n_heads, F).
+        """Return what the first heads of a shallow ensemble add to the weights, about their mean, shape (n_heads, F).
 
         Raises:
             ValueError: if there are not so many.
@@ -263,6 +265,26 @@ class Potential(nn.Module):
             masks: one mask per site; none is the plain (weight-scaled) network.
         """
         masks = masks or {}
+        one_hot, energy, features = self._read(vec, graph, masks)
+        if READOUT_SHIFT in masks:
+            shift = masks[READOUT_SHIFT].unflatten(-1, (len(self.config.elements), -1))
+            own = one_hot @ shift if shift.dim() == 2 else (one_hot[..., None] * shift).sum(1)
+            energy = energy + (features * own).sum(-1)
+        energy = energy * self.energy_scale
+        if self.zbl is not None:
+            energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
+        return energy
+
+    def features(self, vec: Tensor, graph: GraphInputs) -> Tensor:
+        """Return what an atom's energy could be read from linearly, shape (N, F / number of elements).
+
+        The invariant products of every layer and the hidden channels of the last, without masks; in units of which the energy
+        is ``energy_scale``.
+        """
+        return self._read(vec, graph, {})[2]
+
+    def _read(self, vec: Tensor, graph: GraphInputs, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the elements (N, n_species), the energies (N,) in units of ``energy_scale``, and :meth:`features`."""
         one_hot = nn.functional.one_hot(graph.species, len(self.config.elements)).to(vec.dtype)
         pairs = self.pairs(vec)
         x = energy = vec.new_zeros(())
@@ -272,21 +294,17 @@ class Potential(nn.Module):
             edges = masks.get(f"layers.{t}.edges")
             carried = pairs if edges is None else pairs._replace(radial=pairs.radial * edges[..., None])
             if t == 0:
-                x = layer.update(self._element_fields(layer, carried, one_hot, graph), one_hot)
+                x, products = layer.update(self._element_fields(layer, carried, one_hot, graph), one_hot)
             else:
                 fields = self._message_fields(layer, x, carried, graph, masks.get(f"layers.{t}.message"))
-                x = self._add(layer, x, layer.update(fields, one_hot), one_hot, masks.get(f"layers.{t}.update"))
+                branch, products = layer.update(fields, one_hot)
+                x = self._add(layer, x, branch, one_hot, masks.get(f"layers.{t}.update"))
             energy = energy + self.readouts[t](x[0])
-            features.append(x[0])
+            features.append(products)
         hidden = nn.functional.silu(self.hidden(x[0]) + self.hidden_bias)
         hidden = self.mask(hidden, one_hot, masks.get("readout.hidden"))
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0]
-        if READOUT_SHIFT in masks:
-            energy = energy + (torch.cat([*features, hidden], dim=-1) * masks[READOUT_SHIFT]).sum(-1)
-        energy = energy * self.energy_scale
-        if self.zbl is not None:
-            energy = energy + self.zbl(vec, graph.species, graph.nbr, self.config.cutoff)
-        return energy
+        return one_hot, energy, torch.cat([*features, hidden], dim=-1)
 
     @staticmethod
     def _element_fields(layer: Any, pairs: PairGeometry, one_hot: Tensor, graph: GraphInputs) -> Tensor:

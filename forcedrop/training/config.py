@@ -106,7 +106,7 @@ class OptimiserSection(_Section):
     muon: bool = Field(True, description="orthogonalised momentum for matrices; otherwise all weights are Adam's")
     learning_rate: float = Field(0.02, gt=0, description="Muon's")
     adam_learning_rate: float = Field(1e-2, gt=0, description="Adam's")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled")
+    weight_decay: float = Field(0.02, ge=0, description="decoupled, of Muon and Adam alike")
     warmup_steps: int = Field(100, ge=0)
     clip_gradient: float = Field(10.0, gt=0, description="largest norm of the gradient")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the ones kept")

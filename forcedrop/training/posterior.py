@@ -1,11 +1,13 @@
-r"""The posterior of the readouts: how far the last linear weights could move without the training data noticing.
+r"""The posterior of the readouts: how far weights of what energies are read from could move without the training data noticing.
 
-The energy is linear in the F readout weights w, so for Gaussian errors the posterior is Gaussian with precision
+Features are the invariant products of every layer and the hidden channels of the last, each with a weight for every element
+(``Potential.features``): more than the trained readouts use, so that what the products of an unknown structure do shows in the
+spread. The energy is linear in the F weights w, so for Gaussian errors the posterior is Gaussian with precision
 
-.. math:: H = \sum_{frames} \frac{J_E J_E^T}{N\,\sigma_E^2} + \frac{J_F J_F^T}{\sigma_F^2} + \epsilon\,\bar\lambda\,1,
+.. math:: H = \sum_{frames} \frac{J_E J_E^T}{N\,\sigma_E^2} + \frac{J_F J_F^T}{\sigma_F^2} + \frac{1}{\langle w^2\rangle}\,1,
 
 :math:`J = \partial(\text{energy, forces})/\partial w`, σ the root mean square errors on frames that did not train (energies
-per √N); the last term is the prior, of the variance that the trained weights have. Source: the last-layer Laplace
+per √N); the last term is the prior, of the variance that the trained readouts have. Source: the last-layer Laplace
 approximation (Daxberger et al., NeurIPS 2021, arXiv 2106.14806), for potentials Bigi, Chong, Ceriotti & Grasselli, Mach. Learn.:
 Sci. Technol. 5, 045018 (2024). Samples of it are potentials; the spread of their forces grows where features do that the
 training data did not hold fast.
@@ -21,15 +23,15 @@ from torch import Tensor
 from torch_geometric.data import Batch
 from tqdm import tqdm
 
-from forcedrop.derive import Derived, derive, derive_samples
-from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms
-from forcedrop.potential import READOUT_SHIFT, Potential
+from forcedrop.derive import derive
+from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms, pair_vectors
+from forcedrop.potential import Potential
 
 FRAMES = 100
 """Training frames, evenly chosen, that the precision is summed over; then it is scaled to all."""
 ATOMS = 4000
 """Of these at most so many that they have about as many atoms together: three force rows each, for a few hundred weights."""
-CHUNK = 32
+CHUNK = 8
 BATCH_ATOMS = 256
 
 
@@ -81,19 +83,40 @@ def readout_weights(potential: Potential) -> Tensor:
 
 
 def jacobian(potential: Potential, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of energies and forces by the readout weights, (F, B) and (F, N, 3), float64, on the CPU.
+    """Return the derivatives of energies and forces by the weights, (F, B) and (F, N, 3), float64, on the CPU.
 
-    Both are linear in the weights: what a shift by a unit vector adds is the derivative.
+    The energy is linear in the weights, so its derivatives are sums of features, and those of the forces are the features'
+    derivatives: in forward mode, as many passes as the largest structure has coordinates, however many features there are.
     """
-    base = derive(potential, batch)
-    unit = torch.eye(potential.n_readout, dtype=batch.pos.dtype, device=batch.pos.device)
-    energy, forces = [], []
+    graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
+    n_species, scale = len(potential.config.elements), float(potential.energy_scale)
+    place = graph.batch * n_species + graph.species
+
+    def by_weight(values: Tensor) -> Tensor:
+        """Sum per-atom values over each structure and element, shape (B, F)."""
+        zeros = values.new_zeros((graph.n_graphs * n_species, values.shape[1]), dtype=torch.float64)
+        return scale * zeros.index_add(0, place, values.double()).reshape(graph.n_graphs, -1).cpu()
+
+    def moved(direction: Tensor) -> Tensor:
+        """Return the derivative of the features when atoms move."""
+        change = (direction[graph.nbr] - direction[:, None]) * batch.nbr_used[..., None]
+        derivative: Tensor = torch.func.jvp(lambda v: potential.features(v, graph), (vec,), (change,))[1]
+        return derivative
+
+    local = torch.arange(batch.num_nodes, device=vec.device) - batch.ptr[graph.batch]
+    forces = torch.zeros(potential.n_readout, batch.num_nodes, 3, dtype=torch.float64)
     with torch.no_grad():
-        for rows in unit.split(CHUNK):
-            moved: Derived = derive_samples(potential, batch, {READOUT_SHIFT: rows})
-            energy.append((moved.energy - base.energy).double().cpu())
-            forces.append((moved.forces - base.forces).double().cpu())
-    return torch.cat(energy), torch.cat(forces)
+        energy = by_weight(potential.features(vec, graph)).T
+        columns = [(atom, axis) for atom in range(int(local.max()) + 1) for axis in range(3)]
+        for first in range(0, len(columns), CHUNK):
+            chosen = columns[first : first + CHUNK]
+            directions = vec.new_zeros(len(chosen), batch.num_nodes, 3)
+            for row, (atom, axis) in zip(directions, chosen, strict=True):
+                row[local == atom, axis] = 1.0
+            for (atom, axis), values in zip(chosen, torch.func.vmap(moved)(directions), strict=True):
+                atoms = (local == atom).nonzero()[:, 0].cpu()
+                forces[:, atoms, axis] = -by_weight(values)[batch.batch[atoms].cpu()].T
+    return energy, forces
 
 
 def _held_errors(potential: Potential, held: Sequence[AtomicGraph]) -> tuple[float, float]:

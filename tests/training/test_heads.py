@@ -12,13 +12,15 @@ from forcedrop.training import load_model, parse_config, train
 from forcedrop.training.config import ConfigError
 from forcedrop.training.muon import is_matrix
 from tests.conftest import batch_of, emt_frames, ethanol, make_potential
-from tests.training.test_posterior import shifted
+from tests.training.test_posterior import of_hidden, shifted
 
 NONE = DropoutRates(0, 0, 0, 0)
 
 
 def test_samples_are_networks_with_the_heads_readouts_and_their_mean_is_the_plain_one() -> None:
     potential, batch = make_potential(rates=NONE, n_heads=4), batch_of([ethanol()], 4.0)
+    with torch.no_grad():
+        potential.heads.copy_(of_hidden(potential, 4))
     out = predict(potential, batch, n_samples=4)
     for k in range(4):
         expected = derive(shifted(potential, potential.heads[k].detach() - potential.heads.detach().mean(0)), batch)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forcedrop.derive import derive, derive_samples
-from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
+from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
 from forcedrop.potential import READOUT_SHIFT, DropoutRates, Potential
 from forcedrop.sampling import draw_shifts, predict
 from forcedrop.training import posterior
@@ -26,18 +26,27 @@ def graphs(n: int, seed: int):
 
 
 def shifted(potential: Potential, shift: torch.Tensor) -> Potential:
-    """The same network with its readout weights moved by hand."""
-    moved, c = deepcopy(potential), potential.config.n_channels
+    """The same network with the weights of its hidden channels moved by hand, the last of each element's, which must be equal."""
+    n_species, h = len(potential.config.elements), potential.config.n_hidden
+    own = shift.detach().unflatten(-1, (n_species, -1))[:, -h:]
+    assert bool((own == own[0]).all())
+    moved = deepcopy(potential)
     with torch.no_grad():
-        for t, readout in enumerate(moved.readouts):
-            readout.weight += shift[t * c : (t + 1) * c, None]
-        moved.output.weight += shift[len(moved.readouts) * c :, None]
+        moved.output.weight += own[0][:, None]
     return moved
 
 
-def test_a_shift_moves_the_readout_weights() -> None:
+def of_hidden(potential: Potential, n: int, seed: int = 0) -> torch.Tensor:
+    """Shifts of the hidden channels alone, alike for every element."""
+    c, h = potential.config, potential.config.n_hidden
+    shift = torch.zeros(n, len(c.elements), potential.n_readout // len(c.elements), dtype=torch.float64)
+    shift[:, :, -h:] = torch.randn(n, 1, h, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return shift.flatten(1)
+
+
+def test_a_shift_of_hidden_channels_moves_the_readout_weights() -> None:
     potential, batch = make_potential(), batch_of([ethanol()], 4.0)
-    shift = torch.randn(2, potential.n_readout, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shift = of_hidden(potential, 2)
     got = derive_samples(potential, batch, {READOUT_SHIFT: shift})
     for k in range(2):
         expected = derive(shifted(potential, shift[k]), batch)
@@ -45,18 +54,37 @@ def test_a_shift_moves_the_readout_weights() -> None:
             torch.testing.assert_close(a[k], b, rtol=0, atol=1e-9)
 
 
-def test_jacobian_against_moved_weights() -> None:
-    potential = copper()
-    batch = batch_graphs(graphs(2, seed=0))
+def test_a_shift_reads_features_with_weights_of_each_element() -> None:
+    potential, batch = make_potential(), batch_of([ethanol()], 4.0)
+    graph = potential.inputs(batch)
+    features = potential.features(pair_vectors(batch, 8.0), graph).detach()
+    assert features.shape == (9, 2 * 3 * 6 + 8)
+    shift = torch.randn(potential.n_readout, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = derive(potential, batch, {READOUT_SHIFT: shift}).energies - derive(potential, batch).energies
+    weights = shift.reshape(5, -1)
+    expected = [float(features[i] @ weights[(1, 6, 8, 14, 29).index(int(z))]) for i, z in enumerate(batch.z)]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    per_atom = derive(potential, batch, {READOUT_SHIFT: shift.expand(9, -1)})
+    torch.testing.assert_close(per_atom.energies, derive(potential, batch, {READOUT_SHIFT: shift}).energies)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_jacobian_against_shifts(size: int) -> None:
+    """Forward mode against reverse mode, in a batch of structures of different sizes and elements."""
+    potential = make_potential()
+    atoms = ethanol()
+    batch = batch_of([atoms, atoms[:5]][:size], 4.0)
     energy, forces = jacobian(potential, batch)
-    assert energy.shape == (potential.n_readout, 2)
+    assert energy.shape == (potential.n_readout, size)
     base = derive(potential, batch)
-    for f in (0, 7, potential.n_readout - 1):
+    per_element = potential.n_readout // 5
+    for f in (0, 7, per_element - 1, per_element + 20, 3 * per_element - 1):
         unit = torch.zeros(potential.n_readout, dtype=torch.float64)
-        unit[f] = 0.5
-        moved = derive(shifted(potential, unit), batch)
-        torch.testing.assert_close(energy[f], 2 * (moved.energy - base.energy), rtol=0, atol=1e-9)
-        torch.testing.assert_close(forces[f], 2 * (moved.forces - base.forces), rtol=0, atol=1e-9)
+        unit[f] = 1.0
+        moved = derive(potential, batch, {READOUT_SHIFT: unit})
+        torch.testing.assert_close(energy[f], moved.energy - base.energy, rtol=0, atol=1e-9)
+        torch.testing.assert_close(forces[f], moved.forces - base.forces, rtol=0, atol=1e-9)
+    assert float(forces[:per_element].abs().max()) > 1e-3
 
 
 def test_covariance_is_that_of_linear_regression() -> None:
