@@ -2,6 +2,7 @@ r"""Which error bars are honest away from the data? Chosen on a domain that is h
 
     python benchmarks/honesty.py            # about a minute a training on one CPU core; trainings that are there are kept
     python benchmarks/honesty.py --only "dropout" "posterior"
+    python benchmarks/honesty.py --curves   # calibration curves and numbers of samples of the posterior; quick
 
 The 500 frames of ethanol at 300 K (``data``) are sorted by energy. Networks learn 150 of the coldest 260, are validated on 30 and
 calibrated on 40 others, and judged on the 40 cold ones that are left and on the hottest 150. Each variant is one recipe with
@@ -24,15 +25,20 @@ import torch
 from common import RESULTS, environment, read_results, with_changes, write_results
 from race import DROPOUT
 
-from forcedrop.calibration import Calibration, Growth
-from forcedrop.evaluation import Evaluation, compare
+from forcedrop.calibration import Calibration, Growth, local_spread
+from forcedrop.evaluation import Evaluation, compare, evaluate
+from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
+from forcedrop.metrics import mean_z2, nll
 from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
 from forcedrop.structures import Frame, read_frames, write_frames
 from forcedrop.training import Committee, TrainedModel, load_config, load_model, parse_config, train
+from forcedrop.training.calibrate import CANDIDATES, calibrate, cross_validate, force_errors, monotone
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "honesty"
 SEED, EPOCHS = 0, 80
+MANY = 512
+"""Draws whose σ counts as exact."""
 NONE = {"edge": 0.0, "message": 0.0, "update": 0.0, "readout": 0.0}
 STRONG = {"message": 0.2, "update": 0.2, "readout": 0.5}
 LATE = {"stage_one": {"epochs": EPOCHS - 16, "dropout": False}, "stage_two": {"epochs": 16, "samples": 4}}
@@ -80,9 +86,15 @@ def main() -> None:
     """Train and judge the variants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="some variants")
+    parser.add_argument("--curves", action="store_true", help="kinds of calibration and numbers of samples instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sets = split()
+    if arguments.curves:
+        model = trained(VARIANTS["posterior"].changes, 0, sets)
+        results = read_results("honesty") | {"samples": samples_needed(model, sets), "calibrations": kinds(model, sets)}
+        write_results("honesty", results | {"environment": environment(SEED)})
+        return
     found: dict[str, dict[str, Evaluation]] = {}
     for name in arguments.only or VARIANTS:
         variant = VARIANTS[name]
@@ -130,6 +142,54 @@ def trained(changes: dict[str, Any], seed: int, sets: dict[str, list[Frame]]) ->
                 write_frames(RUNS / f"{name}.h5", sets[name])
         train(parse_config(values | {"output": str(folder)}), resume=(folder / "last.pt").exists())
     return load_model(folder / "model.pt")
+
+
+def samples_needed(model: TrainedModel, sets: dict[str, list[Frame]]) -> list[dict[str, float]]:
+    r"""Return for every K how far σ of K draws is from that of many, and how honest it is.
+
+    The relative standard error of a standard deviation of K Gaussian draws is 1/√(2(K−1)).
+    """
+    cold, hot = sets["cold"], sets["hot"][::4]
+    model = replace(model, calibration=calibrate(model, graphs_of(model, sets["calibration"])))
+    exact = [evaluate(model, frames, n_samples=MANY, seed=1).sigma["forces"] for frames in (cold, hot)]
+    rows = []
+    for k in (4, 8, 16, 32, 64, 128):
+        row: dict[str, float] = {"samples": k, "expected": round((2 * (k - 1)) ** -0.5, 4)}
+        for name, frames, many in zip(("cold", "hot"), (cold, hot), exact, strict=True):
+            found = evaluate(model, frames, n_samples=k)
+            ratio = found.sigma["forces"] / many
+            report = found.reports()["forces"]
+            row |= {
+                f"{name}_relative_error": round(float(np.std(ratio)), 4),
+                f"{name}_nll": round(report.nll, 4),
+                f"{name}_z2": round(report.z2, 3),
+                f"{name}_auroc": round(found.detection()["auroc"], 4),
+            }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def kinds(model: TrainedModel, sets: dict[str, list[Frame]]) -> dict[str, dict[str, float]]:
+    """Return likelihood and z² of every kind of calibration, on frames of the calibration set left out, cold and hot ones."""
+    spreads = {name: force_errors(model, graphs_of(model, sets[name])) for name in ("calibration", "cold", "hot")}
+    found = {}
+    for candidate in (*CANDIDATES, monotone):
+        row = {"left_out_nll": round(float(cross_validate(spreads["calibration"], candidate).mean()), 4)}
+        fitted = candidate(spreads["calibration"])
+        for name in ("cold", "hot"):
+            own = spreads[name]
+            sigma = fitted.factors(local_spread(own.std), own.z)[:, None] * own.std
+            row |= {f"{name}_nll": round(nll(own.error, sigma), 4), f"{name}_z2": round(mean_z2(own.error, sigma), 3)}
+        found[candidate.__name__] = row
+        print(candidate.__name__, row, flush=True)
+    return found
+
+
+def graphs_of(model: TrainedModel, frames: list[Frame]) -> list[AtomicGraph]:
+    """Return the graphs of frames with the model's cutoff."""
+    finder = NeighbourFinder(model.cutoff)
+    return [build_graph(frame, finder, model.dtype) for frame in frames]
 
 
 def one_factor(

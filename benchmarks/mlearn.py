@@ -3,6 +3,7 @@
     python benchmarks/mlearn.py train Cu      # examples/configs/copper.yaml, also for Li; silicon.yaml for Si
     python benchmarks/mlearn.py labels Cu     # do the labelled stresses fit the labelled energies?
     python benchmarks/mlearn.py test Cu       # once, at the very end: adds to results/mlearn.json
+    python benchmarks/mlearn.py carry Si      # then: σ calibrated on bulk frames alone, judged on surfaces and vacancies
 
 Mean absolute errors of energy [meV/atom] and force components [eV/Å], of the Monte-Carlo mean and of the plain (weight-scaled)
 pass, beside published ones. The data are not part of the project; ``--data`` says where they are. Trainings resume.
@@ -11,6 +12,7 @@ pass, beside published ones. The data are not part of the project; ``--data`` sa
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import numpy as np
 from ase import units
 from common import environment, read_results, with_changes, write_results
 
-from forcedrop.evaluation import predict_frames
+from forcedrop.evaluation import evaluate, predict_frames
+from forcedrop.graph import NeighbourFinder, build_graph
 from forcedrop.structures import read_frames
-from forcedrop.training import TrainConfig, load_config, load_model, parse_config, train
+from forcedrop.training import TrainConfig, calibrate, load_config, load_model, parse_config, train
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
@@ -29,6 +32,9 @@ RECIPES: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
     "Si": ("silicon.yaml", {}),
 }
 """Training file, and what differs."""
+BULK = ("AIMD-NVT", "Elastic")
+"""Groups (``config_type``) of crystals without surface and vacancy."""
+SAMPLES = 64
 PERFECT, VACUUM = 0.06, 22.5
 """Largest force RMS [eV/Å] of a perfect crystal, and largest volume per atom [Å³] of one without vacuum."""
 PUBLISHED = {
@@ -42,7 +48,7 @@ PUBLISHED = {
 def main() -> None:
     """Train or test one element."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "labels", "test"))
+    parser.add_argument("what", choices=("train", "labels", "test", "carry"))
     parser.add_argument("element", choices=list(RECIPES))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "mlearn")
     arguments = parser.parse_args()
@@ -51,6 +57,8 @@ def main() -> None:
         train(config, resume=(config.output / "last.pt").exists())
     elif arguments.what == "labels":
         labels(arguments.element, arguments.data)
+    elif arguments.what == "carry":
+        carry(arguments.element, config, arguments.data)
     else:
         test(arguments.element, config, arguments.data)
 
@@ -90,6 +98,34 @@ def labels(element: str, data: Path) -> None:
     print(element, row)
     results = read_results("mlearn")
     write_results("mlearn", {**results, "stress_at_rest": results.get("stress_at_rest", {}) | {element: row}})
+
+
+def carry(element: str, config: TrainConfig, data: Path) -> None:
+    """Calibrate on the bulk frames held out for it, judge on surfaces and vacancies held out or in the test file."""
+    model = load_model(config.output / "model.pt")
+    held = {Path(source).name for source in json.loads((config.output / "split.json").read_text())["calibration"]}
+    frames = [f for f in read_frames(data / f"{element}_train.xyz") if Path(f.source).name in held]
+    if len(frames) != len(held):
+        raise ValueError(
+            f"{config.output / 'split.json'} names {len(held)} frames, found {len(frames)}: of other data?"
+        )
+    bulk = [f for f in frames if f.info["config_type"] in BULK]
+    others = [f for f in [*frames, *read_frames(data / f"{element}_test.xyz")] if f.info["config_type"] not in BULK]
+    finder = NeighbourFinder(model.cutoff)
+    model.calibration = calibrate(model, [build_graph(f, finder, model.dtype) for f in bulk])
+    row: dict[str, Any] = {"calibration_frames": len(bulk), "calibration": model.calibration.sentence()}
+    for name in sorted({f.info["config_type"] for f in others}):
+        chosen = [f for f in others if f.info["config_type"] == name]
+        report = evaluate(model, chosen, n_samples=SAMPLES).reports()["forces"]
+        row[name] = {
+            "frames": len(chosen),
+            "forces_rmse_eV_A": round(report.rmse, 4),
+            "forces_z2": round(report.z2, 3),
+            "forces_z2_interval": [round(x, 3) for x in report.intervals["z2"]],
+        }
+    print(element, row)
+    results = read_results("mlearn")
+    write_results("mlearn", results | {"carry": results.get("carry", {}) | {element: row}})
 
 
 def test(element: str, config: TrainConfig, data: Path) -> None:

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from forcedrop.calibration import Calibration, Growth
 from forcedrop.evaluation import compare, evaluate, predict_frames, with_uncertainties
+from forcedrop.potential import DropoutRates
 from forcedrop.report import comparison_rows, comparison_table, evaluation_table, format_table, results_page
+from forcedrop.sampling import predict
 from forcedrop.training import Committee, TrainedModel
-from tests.conftest import emt_frames, make_potential
+from tests.conftest import batch_of, emt_frames, make_potential
 
 
 def factors(model, prediction) -> np.ndarray:
@@ -33,6 +36,55 @@ def test_evaluation_against_a_loop(trained) -> None:
     text = evaluation_table(result)
     assert f"{1e3 * np.sqrt(np.mean(errors**2)):.2f}" in text
     assert "calibrated σ" in text
+
+
+def test_evaluation_by_element_difference_and_coverage_against_loops(trained) -> None:
+    frames = emt_frames(7, seed=4)
+    z = np.array([29, 13, 29, 13])
+    frames = [replace(f, z=z) for f in frames[:5]] + [replace(frames[5], z=np.array([29, 29, 29, 13])), frames[6]]
+    potential = make_potential(elements=(13, 29), rates=DropoutRates(0, 0, 0.2, 0.5))
+    quantiles = {name: {0.5: 0.7, 0.9: 1.6} for name in ("energy", "forces", "atoms")}
+    calibration = Calibration(Growth(1.5), {13: 2.0}, quantiles=quantiles)
+    model = TrainedModel(potential, calibration)
+    result = evaluate(model, frames, n_samples=4)
+    predictions = predict_frames(model, frames, n_samples=4)
+    error = np.concatenate([p.mean["forces"] - f.forces for p, f in zip(predictions, frames, strict=True)])
+    sigma = np.concatenate([p.sigma["forces"] for p in predictions])
+    numbers = np.concatenate([f.z for f in frames])
+    for symbol, number in (("Al", 13), ("Cu", 29)):
+        report = result.by_element()[symbol]
+        own = numbers == number
+        assert report.rmse == pytest.approx(np.sqrt(np.mean(error[own] ** 2)))
+        assert report.z2 == pytest.approx(np.mean((error[own] / sigma[own]) ** 2))
+    # frames 0 and 1, 2 and 3; not 4 and 5, which are of other atoms; 6 is alone
+    differences = []
+    for a, b in ((0, 1), (2, 3)):
+        raw = [predict(potential, batch_of([frames[k].to_atoms()], 4.0), n_samples=4).samples for k in (a, b)]
+        scaled = []
+        for k, samples in zip((a, b), raw, strict=True):
+            forces = samples.forces.detach().numpy()
+            factor = 1.5 * np.where(frames[k].z == 13, 2.0, 1.0)
+            common = np.sqrt(np.mean(factor**2))
+            np.testing.assert_allclose(
+                predictions[k].sigma["forces"], factor[:, None] * forces.std(0, ddof=1), rtol=1e-6
+            )
+            energy = samples.energy[:, 0].detach().numpy()
+            scaled.append(energy.mean() + common * (energy - energy.mean()))
+        differences.append((scaled[0] - scaled[1]).std(ddof=1))
+    np.testing.assert_allclose(result.sigma["difference"], differences, rtol=1e-5)
+    expected = [predictions[a].mean["energy"] - predictions[b].mean["energy"] for a, b in ((0, 1), (2, 3))]
+    labels = [frames[a].energy - frames[b].energy for a, b in ((0, 1), (2, 3))]
+    np.testing.assert_allclose(result.error["difference"], np.array(expected) - labels)
+    inside = np.mean(np.abs(error) <= 1.6 * sigma)
+    assert result.coverage["forces"][0.9] == pytest.approx(inside)
+    vectors = np.linalg.norm(error, axis=1) <= 0.7 * np.linalg.norm(sigma, axis=1)
+    assert result.coverage["atoms"][0.5] == pytest.approx(np.mean(vectors))
+    text = evaluation_table(result)
+    for word in ("energy difference", "Al", "inside conformal intervals of", "force vector"):
+        assert word in text
+    by_frame = result.by_frame()
+    assert by_frame.n == 7
+    assert by_frame.rmse == pytest.approx(np.sqrt(np.mean(error**2)))
 
 
 def test_uncertainties_go_where_no_writer_drops_them(trained) -> None:

@@ -60,10 +60,7 @@ def calibrate(
     Raises:
         ValueError: if the graphs carry neither forces nor energies.
     """
-    if n_samples is None and isinstance(model, TrainedModel):
-        n_samples = min(model.bank or SAMPLES, SAMPLES)
-    predictions = predict_graphs(model.predictor(n_samples), graphs, model.device)
-    found = list(tqdm(predictions, total=len(graphs), desc="calibration", unit="frame", leave=False))
+    found = _predictions(model, graphs, n_samples)
     forces = _force_errors(graphs, found)
     energies = _entries(graphs, found, "energy", [p.std for p in found])
     if forces is not None:
@@ -88,6 +85,29 @@ def calibrate(
         n_samples=len(found[0].samples["energy"]),
         levels={name: sorted(frame[name] for frame in criteria) for name in CRITERIA},
     )
+
+
+def force_errors(
+    model: TrainedModel | Committee, graphs: Sequence[AtomicGraph], n_samples: int | None = None
+) -> ForceErrors:
+    """Return errors and raw spreads of a model's forces on labelled graphs, of as many samples as :func:`calibrate` takes.
+
+    Raises:
+        ValueError: if no graph has forces.
+    """
+    found = _force_errors(graphs, _predictions(model, graphs, n_samples))
+    if found is None:
+        raise ValueError("none of the graphs has forces")
+    return found
+
+
+def _predictions(
+    model: TrainedModel | Committee, graphs: Sequence[AtomicGraph], n_samples: int | None
+) -> list[FramePrediction]:
+    if n_samples is None and isinstance(model, TrainedModel):
+        n_samples = min(model.bank or SAMPLES, SAMPLES)
+    predictions = predict_graphs(model.predictor(n_samples), graphs, model.device)
+    return list(tqdm(predictions, total=len(graphs), desc="calibration", unit="frame", leave=False))
 
 
 def choose(forces: ForceErrors) -> Calibration:
