@@ -13,9 +13,10 @@ mask multiplies a *branch*, never the stream of features itself; it is the same 
 one smooth, conservative and extensive potential.
 
 What an atom's energy could be read from linearly, the invariant products of every layer and the hidden channels of the last
-(``Potential.features``), may have weights of its own for every element that are 0 but for their posterior
-(``Potential.posterior``): a sample then adds a random vector of them, ``READOUT_SHIFT`` among the masks, and is no less a smooth
-potential. Or these weights are learned (``Potential.heads``): a shallow ensemble.
+(``Potential.features``), may have weights of its own for every element, found by regression after training
+(``Potential.refit``), and their posterior (``Potential.posterior``): a sample then adds a random vector to them,
+``READOUT_SHIFT`` among the masks, and is no less a smooth potential. Or these weights are learned (``Potential.heads``): a
+shallow ensemble.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class Potential(nn.Module):
     energy_scale: Tensor
     species_of_z: Tensor
     posterior: Tensor | None
+    refit: Tensor | None
 
     def __init__(
         self,
@@ -189,6 +191,7 @@ class Potential(nn.Module):
         lookup[list(config.elements)] = torch.arange(n_species)
         self.register_buffer("species_of_z", lookup, persistent=False)
         self.register_buffer("posterior", None)
+        self.register_buffer("refit", None)
         heads = torch.randn(config.n_heads, self.n_readout) * (0.1 / math.sqrt(c))
         self.heads = nn.Parameter(heads) if config.n_heads else None
 
@@ -266,8 +269,11 @@ class Potential(nn.Module):
         """
         masks = masks or {}
         one_hot, energy, features = self._read(vec, graph, masks)
-        if READOUT_SHIFT in masks:
-            shift = masks[READOUT_SHIFT].unflatten(-1, (len(self.config.elements), -1))
+        shift = masks.get(READOUT_SHIFT)
+        if self.refit is not None:
+            shift = self.refit if shift is None else self.refit + shift
+        if shift is not None:
+            shift = shift.unflatten(-1, (len(self.config.elements), -1))
             own = one_hot @ shift if shift.dim() == 2 else (one_hot[..., None] * shift).sum(1)
             energy = energy + (features * own).sum(-1)
         energy = energy * self.energy_scale

@@ -173,8 +173,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TrainedM
         raise ValueError(f"{path} has format {values['format']}, this forcedrop reads up to {FORMAT}: please update")
     potential = Potential(PotentialConfig.from_dict(values["config"]))
     potential.to(values["weights"]["hidden_bias"].dtype)
-    if "posterior" in values["weights"]:
-        potential.posterior = torch.empty_like(values["weights"]["posterior"])
+    for name in {"posterior", "refit"} & set(values["weights"]):
+        setattr(potential, name, torch.empty_like(values["weights"][name]))
     potential.load_state_dict(values["weights"])
     calibration = values["calibration"]
     return TrainedModel(

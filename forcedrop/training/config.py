@@ -135,10 +135,10 @@ class StageTwoSection(_Section):
 
 
 class PosteriorSection(_Section):
-    """After training: a Gaussian posterior of the readout weights, from which every sample draws its own."""
+    """After training: regression on what was left of the labels, and a posterior, from which every sample draws weights."""
 
     frames: int = Field(
-        100, ge=0, description="most training frames it is summed over (fewer of large ones); 0 leaves it out"
+        1000, ge=0, description="most training frames it is summed over (fewer of large ones); 0 leaves it out"
     )
 
 

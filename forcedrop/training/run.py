@@ -201,8 +201,12 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     )
     save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
     if config.posterior.frames and potential.heads is None:
-        potential.posterior = fit_posterior(
-            potential, trainer.graphs, trainer.validation, frames=config.posterior.frames
+        potential.refit, potential.posterior = fit_posterior(
+            potential,
+            trainer.graphs,
+            trainer.validation,
+            frames=config.posterior.frames,
+            with_stress=config.loss.stress > 0,
         )
         save_model(model, config.output / MODEL)
     if data.split.calibration and potential.has_samples:

@@ -10,6 +10,7 @@ from tests.conftest import batch_of, ethanol, make_potential
 def test_a_model_comes_back_the_same(tmp_path) -> None:
     potential = make_potential(zbl=True)
     potential.posterior = torch.randn(potential.n_readout, potential.n_readout, dtype=torch.float64)
+    potential.refit = torch.randn(potential.n_readout, dtype=torch.float64)
     calibration = Calibration(
         Growth(1.3, 0.5, 0.01), {29: 1.1}, {"forces": 1.3}, {"forces": {0.9: 1.8}}, 10, 16, {"max_force": [0.1, 0.2]}
     )
@@ -19,6 +20,7 @@ def test_a_model_comes_back_the_same(tmp_path) -> None:
     assert loaded.calibration == calibration
     assert (loaded.bank, loaded.bank_seed, loaded.provenance) == (8, 5, model.provenance)
     assert torch.equal(loaded.potential.posterior, potential.posterior)
+    assert torch.equal(loaded.potential.refit, potential.refit)
     assert loaded.elements == (1, 6, 8, 14, 29)
     batch = batch_of([ethanol()], 4.0)
     for a, b in zip(derive(potential, batch), derive(loaded.potential, batch), strict=True):

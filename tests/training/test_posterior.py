@@ -11,7 +11,7 @@ from forcedrop.potential import READOUT_SHIFT, DropoutRates, Potential
 from forcedrop.sampling import draw_shifts, predict
 from forcedrop.training import posterior
 from forcedrop.training.posterior import fit_posterior, jacobian, readout_weights
-from tests.conftest import batch_of, emt_frames, ethanol, make_potential
+from tests.conftest import batch_of, emt_frames, ethanol, make_potential, silicon
 
 NONE = DropoutRates(0, 0, 0, 0)
 
@@ -74,7 +74,7 @@ def test_jacobian_against_shifts(size: int) -> None:
     potential = make_potential()
     atoms = ethanol()
     batch = batch_of([atoms, atoms[:5]][:size], 4.0)
-    energy, forces = jacobian(potential, batch)
+    energy, forces, _ = jacobian(potential, batch)
     assert energy.shape == (potential.n_readout, size)
     base = derive(potential, batch)
     per_element = potential.n_readout // 5
@@ -87,41 +87,113 @@ def test_jacobian_against_shifts(size: int) -> None:
     assert float(forces[:per_element].abs().max()) > 1e-3
 
 
-def test_covariance_is_that_of_linear_regression() -> None:
-    potential, training, held = copper(), graphs(4, seed=0), graphs(3, seed=5)
-    root = fit_posterior(potential, training, held, quiet=True)
+def test_jacobian_of_virials_against_shifts() -> None:
+    """In triclinic cells, one smaller than the cutoff; the stress of a shifted network comes from reverse mode."""
+    potential = make_potential(elements=(14, 29), rates=NONE)
+    batch = batch_of([silicon(), silicon(1).repeat((2, 1, 1))], 4.0)
+    virial = jacobian(potential, batch).virial
+    base = derive(potential, batch)
+    for f in (0, 5, 40):
+        unit = torch.zeros(potential.n_readout, dtype=torch.float64)
+        unit[f] = 1.0
+        moved = derive(potential, batch, {READOUT_SHIFT: unit})
+        expected = (moved.stress - base.stress) * batch.volume[:, None]
+        torch.testing.assert_close(virial[f], expected, rtol=0, atol=1e-9)
+        assert float(expected.abs().max()) > 1e-4
+
+
+def rows_by_hand(potential: Potential, training, held) -> tuple[torch.Tensor, torch.Tensor]:
+    """Derivatives and residuals of energies, forces and virials over the errors of the held-out frames; 4 atoms each."""
     errors = derive(potential, batch := batch_graphs(held))
-    sigma_e = ((errors.energy - batch.energy) / 2.0).square().mean().sqrt()  # four atoms each
-    sigma_f = (errors.forces - batch.forces).square().mean().sqrt()
-    energy, forces = jacobian(potential, batch_graphs(training))
-    rows = torch.cat([energy / 2.0 / sigma_e, forces.flatten(1) / sigma_f], dim=1)
-    precision = rows @ rows.T
-    precision += torch.eye(len(precision), dtype=torch.float64) / readout_weights(potential).square().mean()
-    torch.testing.assert_close(
-        root @ root.T @ precision, torch.eye(len(precision), dtype=torch.float64), rtol=0, atol=1e-5
-    )
+    volume = batch.volume[:, None]
+    sigma = [
+        ((errors.energy - batch.energy) / 2.0).square().mean().sqrt(),
+        (errors.forces - batch.forces).square().mean().sqrt(),
+        ((errors.stress - batch.stress) * volume / 2.0).square().mean().sqrt(),
+    ]
+    whole = batch_graphs(training)
+    energy, forces, virial = jacobian(potential, whole)
+    now = derive(potential, whole)
+    rows = [energy / 2.0, forces.flatten(1), virial.flatten(1) / 2.0]
+    left = [
+        (whole.energy - now.energy) / 2.0,
+        (whole.forces - now.forces).flatten(),
+        ((whole.stress - now.stress) * whole.volume[:, None] / 2.0).flatten(),
+    ]
+    scaled = [torch.cat([x / s for x, s in zip(part, sigma, strict=True)], dim=-1) for part in (rows, left)]
+    return scaled[0].detach(), scaled[1].detach()
+
+
+def test_posterior_is_that_of_linear_regression() -> None:
+    potential, training, held = copper(), graphs(4, seed=0), graphs(3, seed=5)
+    found = fit_posterior(potential, training, held, quiet=True)
+    rows, left = rows_by_hand(potential, training, held)
+    prior = torch.eye(len(rows), dtype=torch.float64) / readout_weights(potential).square().mean()
+    one = torch.eye(len(rows), dtype=torch.float64)
+    torch.testing.assert_close(found.root @ found.root.T @ (rows @ rows.T + prior), one, rtol=0, atol=1e-5)
+    if float(found.mean.abs().max()):
+        expected = torch.linalg.solve(rows @ rows.T + prior / posterior.WIDE, rows @ left)
+        torch.testing.assert_close(found.mean, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_regression_finds_weights_that_explain_the_labels_and_is_dropped_where_it_harms() -> None:
+    """Labels are those of the network with shifted weights: the mean restores them on frames that it never saw."""
+    potential = copper()
+    truth = 0.3 * torch.randn(potential.n_readout, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def labelled(some):
+        for graph in some:
+            found = derive(potential, batch_graphs([graph]), {READOUT_SHIFT: truth})
+            graph.energy, graph.forces, graph.stress = (
+                found.energy.detach(),
+                found.forces.detach(),
+                found.stress.detach(),
+            )
+        return some
+
+    training, held, fresh = labelled(graphs(40, seed=0)), labelled(graphs(3, seed=5)), labelled(graphs(3, seed=9))
+    found = fit_posterior(potential, training, held, quiet=True)
+    before = derive(potential, batch := batch_graphs(fresh)).forces - batch.forces
+    potential.refit = found.mean
+    after = derive(potential, batch).forces - batch.forces
+    assert float(after.square().mean()) < 0.01 * float(before.square().mean())
+    potential.refit = None
+    wrong = graphs(3, seed=5)
+    for graph in wrong:  # held-out labels that the network has right already: any change is a harm
+        now = derive(potential, batch_graphs([graph]))
+        graph.energy, graph.forces, graph.stress = (now.energy + 1e-3).detach(), now.forces.detach() + 1e-3, now.stress
+    assert float(fit_posterior(potential, training, wrong, quiet=True).mean.abs().max()) == 0
+
+
+def test_refit_weights_are_part_of_every_function() -> None:
+    potential, batch = copper(), batch_graphs(graphs(2, seed=0))
+    shift = torch.randn(2, potential.n_readout, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    both = derive(potential, batch, {READOUT_SHIFT: shift[0] + shift[1]})
+    alone = derive(potential, batch, {READOUT_SHIFT: shift[0]})
+    potential.refit = shift[0]
+    torch.testing.assert_close(derive(potential, batch).forces, alone.forces)
+    torch.testing.assert_close(derive(potential, batch, {READOUT_SHIFT: shift[1]}).forces, both.forces)
 
 
 def test_half_of_the_frames_stand_for_all() -> None:
     potential, held = copper(), graphs(3, seed=5)
     some = graphs(3, seed=0)
-    whole = fit_posterior(potential, [g for g in some for _ in range(2)], held, quiet=True)
-    half = fit_posterior(potential, [g for g in some for _ in range(2)], held, frames=3, quiet=True)
+    twice = [g for g in some for _ in range(2)]
+    whole = fit_posterior(potential, twice, held, quiet=True).root
+    half = fit_posterior(potential, twice, held, frames=3, quiet=True).root
     torch.testing.assert_close(half @ half.T, whole @ whole.T, rtol=1e-4, atol=1e-9)
 
 
-def test_frames_are_evenly_chosen_and_bounded_by_their_atoms(monkeypatch) -> None:
+def test_frames_are_evenly_chosen_and_bounded_by_their_atoms() -> None:
     some = graphs(30, seed=0)
 
-    def numbers(frames: int) -> list[int]:
-        return [[g is other for other in some].index(True) for g in posterior._evenly(some, frames)]
+    def numbers(frames: int, atoms: float) -> list[int]:
+        return [[g is other for other in some].index(True) for g in posterior._evenly(some, frames, atoms)]
 
-    assert numbers(3) == [0, 10, 20]
-    assert numbers(100) == list(range(30))
-    monkeypatch.setattr(posterior, "ATOMS", 4 * 15)
-    assert numbers(100) == list(range(0, 30, 2))
-    monkeypatch.setattr(posterior, "ATOMS", 4)
-    assert len(numbers(100)) == 10
+    assert numbers(3, 1e6) == [0, 10, 20]
+    assert numbers(100, 1e6) == list(range(30))
+    assert numbers(100, 4 * 15) == list(range(0, 30, 2))
+    assert len(numbers(100, 4)) == 10
 
 
 def test_samples_have_the_spread_of_the_covariance() -> None:
@@ -131,7 +203,7 @@ def test_samples_have_the_spread_of_the_covariance() -> None:
     potential.posterior = 1e-3 * torch.randn(potential.n_readout, potential.n_readout, dtype=torch.float64)
     batch = batch_graphs(graphs(1, seed=0))
     found = predict(potential, batch, n_samples=1000, chunk=250)
-    energy, forces = jacobian(potential, batch)
+    energy, forces, _ = jacobian(potential, batch)
     covariance = potential.posterior @ potential.posterior.T
     exact = torch.einsum("fnc,fg,gnc->nc", forces, covariance, forces).sqrt()
     torch.testing.assert_close(found.std.forces / exact, torch.ones_like(exact), rtol=0, atol=0.12)
