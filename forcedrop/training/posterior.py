@@ -31,7 +31,7 @@ from forcedrop.derive import VOIGT, derive
 from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms, pair_vectors
 from forcedrop.potential import READOUT_SHIFT, Potential
 
-ROWS = 27
+ROWS = 12
 """Labels per weight that are enough: of more, frames at even distances are left out."""
 WIDE = 1e4
 """Variance of the mean's prior, in units of the trained readouts' mean square."""
@@ -82,7 +82,7 @@ def fit_posterior(
         potential: a trained network, without a posterior yet.
         graphs: what trained it, labelled.
         held: labelled frames that did not, for σ and to judge the mean by.
-        frames: how many of ``graphs`` to use at most; by default as many as give 27 force components a weight.
+        frames: how many of ``graphs`` to use at most; by default as many as give 12 force components a weight.
         with_stress: whether stress labels count.
         quiet: without a progress bar.
 
