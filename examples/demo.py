@@ -18,6 +18,7 @@ from forcedrop.md import NVE, NVT, run_md
 from forcedrop.report import (
     describe_frames,
     describe_model,
+    detection_figure,
     evaluation_table,
     flag_figure,
     md_figure,
@@ -89,6 +90,7 @@ def evaluated(model: TrainedModel) -> list[Section]:
         pictures = [
             save_figure(parity_figure(result, name), OUT / f"parity_{stem}.png"),
             save_figure(sigma_figure(result, name), OUT / f"sigma_{stem}.png"),
+            save_figure(detection_figure(result, name), OUT / f"detection_{stem}.png"),
         ]
         text = (
             "Above: predictions against the reference. Below: |error| against σ, which honest error bars keep in the "

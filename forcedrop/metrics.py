@@ -1,7 +1,7 @@
 r"""How wrong, and does it know? Errors and measures of error bars, on plain arrays.
 
-``error`` is prediction minus reference, ``sigma`` the predicted standard deviation, both of one unit and shape. Entries where
-both are below 1e-12 (zero by symmetry) say nothing and are left out by :func:`informative`.
+``error`` is prediction minus reference, ``sigma`` the predicted standard deviation, both of one unit and shape. Entries that are
+zero by symmetry say nothing about a network and are left out by :func:`informative`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ BINS = 20
 def informative(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """Return the mask of the entries that are not zero by symmetry.
 
+    A force that symmetry forbids has no spread but for rounding, and an error that is the noise of the reference method: entries
+    with σ below 1 % of its root mean square *and* an error below 10 % of its own are left out, or both below 1e-12. A larger
+    error with such a σ is a fault and stays.
+
     Raises:
         ValueError: if shapes differ, a value is not finite, or σ is not positive where there is an error.
     """
@@ -33,7 +37,9 @@ def informative(error: np.ndarray, sigma: np.ndarray) -> np.ndarray:
         raise ValueError(f"error and sigma must have one shape, got {error.shape} and {sigma.shape}")
     if not (np.isfinite(error).all() and np.isfinite(sigma).all()):
         raise ValueError("error and sigma must be finite")
-    used = (np.abs(error) > _TINY) | (sigma > _TINY)
+    if not error.size:
+        return np.zeros(error.shape, bool)
+    used = (np.abs(error) > max(_TINY, 0.1 * rmse(error))) | (sigma > max(_TINY, 0.01 * rmse(sigma)))
     if np.any(sigma[used] <= 0):
         raise ValueError(f"sigma must be positive, {int(np.sum(sigma[used] <= 0))} of {int(used.sum())} are not")
     return used

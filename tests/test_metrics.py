@@ -103,6 +103,20 @@ def test_zero_by_symmetry_is_left_out_and_zero_sigma_refused() -> None:
         metrics.uncertainty_report(np.zeros(2), np.zeros(3), np.arange(2))
 
 
+def test_noise_of_labels_where_symmetry_forbids_a_force_is_left_out_but_no_fault() -> None:
+    generator = np.random.default_rng(0)
+    sigma = np.concatenate([np.full(500, 1.0), np.full(500, 1e-6)])
+    error = sigma * generator.normal(size=1000)
+    error[500:] = 1e-3 * generator.normal(size=500)  # noise of the reference method
+    report = metrics.uncertainty_report(error, sigma, np.arange(1000))
+    assert report.n == 500
+    assert report.z2 == pytest.approx(1.0, abs=0.2)
+    error[500] = 0.5  # far more than noise, and σ does not know it
+    faulty = metrics.uncertainty_report(error, sigma, np.arange(1000))
+    assert faulty.n == 501
+    assert faulty.z2 > 1e6
+
+
 def test_atom_norms_are_those_of_vectors() -> None:
     error, sigma = metrics.atom_norms(np.array([[3.0, 4, 0]]), np.array([[1.0, 2, 2]]))
     assert (error[0], sigma[0]) == (5.0, 3.0)
