@@ -28,7 +28,7 @@ from forcedrop.training import Committee, TrainedModel, load_config, load_model,
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "rivals"
 SETS, MEMBERS, EPOCHS, LONGER = 3, 5, 40, 56
-SMALL = {"model": {"n_channels": 32, "n_hidden": 32, "l_message": 1}}
+SMALL = {"model": {"n_channels": 32, "n_hidden": 32, "l_message": 1}, "optimiser": {"weight_decay": 0.02}}
 SAMPLES = 64
 EVERY = 4
 
@@ -79,7 +79,7 @@ def train_set(number: int, data: Path) -> None:
         changes: dict[str, Any] = {
             **SMALL,
             "stage_one": {"epochs": LONGER if member == "longer" else EPOCHS},
-            "posterior": {"frames": 100 if single else 0},
+            "posterior": {"frames": 1000 if single else 0},
         }
         seed = 10 * number + (0 if member == "longer" else int(member))
         config = parse_config(with_changes(recipe, changes) | {"seed": seed, "output": str(output)})
