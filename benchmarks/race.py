@@ -47,6 +47,13 @@ RUNS = ROOT / "runs" / "race"
 SEED = 0
 MINUTES = (1, 3, 10, 30, 60)
 DROPOUT = {"update": 0.1, "readout": 0.3}
+NAMES = {
+    "mace": "MACE, 64 channels, L=0",
+    "plain": "forcedrop",
+    "no_decay": "forcedrop, no weight decay",
+    "dropout": "forcedrop, dropout, no decay (mean of 4)",
+}
+COLOURS = {"mace": "tab:grey", "plain": "tab:blue", "no_decay": "tab:cyan", "dropout": "tab:orange"}
 MACE_EPOCHS, MACE_STAGE_TWO = 108, 80
 """What an hour takes on one core of the machine of the committed results."""
 
@@ -161,7 +168,7 @@ def at(rows: list[dict[str, float]], minutes: float) -> dict[str, float] | None:
 
 def collect() -> None:
     """Print the table, draw the curves, write the results."""
-    curves = {kind: curve(kind) for kind in ("mace", "plain", "dropout") if _log(kind).exists()}
+    curves = {kind: curve(kind) for kind in NAMES if _log(kind).exists()}
     points = {kind: {str(m): at(rows, m) for m in MINUTES} for kind, rows in curves.items()}
     ratios: dict[str, dict[str, float]] = {}
     for kind in set(points) - {"mace"}:
@@ -174,19 +181,13 @@ def collect() -> None:
     for kind, found in points.items():
         print(f"{kind:8}", "  ".join(f"{v['forces']:.1f} / {v['energy']:.1f}" if v else "–" for v in found.values()))
     print("force RMSE over MACE's:", ratios)
-    colours = {"mace": "tab:grey", "plain": "tab:blue", "dropout": "tab:orange"}
-    names = {
-        "mace": "MACE, 64 channels, L=0",
-        "plain": "forcedrop, plain",
-        "dropout": "forcedrop, dropout (mean of 4 samples)",
-    }
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, key, label in zip(
         panels, ("forces", "energy"), ("force RMSE [meV/Å]", "energy RMSE [meV]"), strict=True
     ):
         for kind, rows in curves.items():
             panel.plot(
-                [r["seconds"] / 60 for r in rows], [r[key] for r in rows], color=colours[kind], label=names[kind]
+                [r["seconds"] / 60 for r in rows], [r[key] for r in rows], color=COLOURS[kind], label=NAMES[kind]
             )
         panel.set(xscale="log", yscale="log", xlabel="minutes of training on one CPU core", ylabel=label)
         panel.grid(alpha=0.3, which="both")
