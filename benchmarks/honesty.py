@@ -63,7 +63,7 @@ class Variant:
 
 def masks_alone(models: list[TrainedModel]) -> TrainedModel:
     """Take the posterior away."""
-    models[0].potential.posterior = None
+    models[0].potential.posterior = models[0].potential.refit = None
     return models[0]
 
 

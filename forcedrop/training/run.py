@@ -201,13 +201,15 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     )
     save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
     if config.posterior.frames and potential.heads is None:
-        potential.refit, potential.posterior = fit_posterior(
+        mean, potential.posterior = fit_posterior(
             potential,
             trainer.graphs,
             trainer.validation,
             frames=config.posterior.frames,
             with_stress=config.loss.stress > 0,
         )
+        if not potential.sites:  # masks would act on what the regression found without them
+            potential.refit = mean
         save_model(model, config.output / MODEL)
     if data.split.calibration and potential.has_samples:
         held = build_graphs(data.split.calibration, config.model.cutoff, model.dtype, "calibration lists")
