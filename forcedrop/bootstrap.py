@@ -74,5 +74,8 @@ class BlockBootstrap:
         number = self.times @ counts
         with np.errstate(divide="ignore", invalid="ignore"):  # a draw that misses a class has no score: nan
             scores = score((self.times @ totals)[number > 0] / number[number > 0, None])
-        low, high = np.nanpercentile(scores, [self.tail, 100 - self.tail])
+        scores = scores[np.isfinite(scores)]
+        if not scores.size:
+            return float("nan"), float("nan")
+        low, high = np.percentile(scores, [self.tail, 100 - self.tail])
         return float(low), float(high)

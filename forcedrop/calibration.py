@@ -272,6 +272,8 @@ class Calibration:
     def apply(self, samples: Mapping[str, np.ndarray], z: np.ndarray) -> dict[str, np.ndarray]:
         """Scale the samples of one structure about their mean.
 
+        Samples that are fewer than in calibration are scaled a little more, see :func:`few_samples`.
+
         Args:
             samples: by property, sample axis first: ``energy`` (K,), ``energies`` (K, N), ``forces`` (K, N, 3), ``stress``
                 (K, 6); the forces must be there.
@@ -281,6 +283,8 @@ class Calibration:
             The same properties: forces by each atom's factor, all else by the root mean square of the factors.
         """
         factor = self.factors(local_spread(samples["forces"].std(axis=0, ddof=1)), z)
+        if self.n_samples:
+            factor = factor * np.sqrt(few_samples(len(samples["forces"])) / few_samples(self.n_samples))
         common = np.sqrt(np.mean(np.square(factor)))
 
         def scaled(x: np.ndarray, f: Any) -> np.ndarray:
@@ -334,6 +338,16 @@ class Calibration:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
         return cls(**{**values, "curve": curve_from_dict(values["curve"])})
+
+
+def few_samples(k: int) -> float:
+    r"""Return (K−1)/(K−3), the mean of σ²/s² when s² is the variance of K Gaussian samples, K at least 4.
+
+    An error over a spread of few samples follows a Student distribution of K−1 degrees of freedom, whose variance this is: at
+    K = 16 errors squared are on average 1.15 of the spread squared even when every sample is right.
+    """
+    k = max(k, 4)
+    return (k - 1) / (k - 3)
 
 
 def difference_sigma(first: np.ndarray, second: np.ndarray) -> float:

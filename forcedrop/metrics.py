@@ -260,7 +260,7 @@ class UncertaintyReport:
 
 
 def uncertainty_report(error: np.ndarray, sigma: np.ndarray, blocks: np.ndarray) -> UncertaintyReport:
-    """Return all measures of one property.
+    """Return all measures of one property: RMSE and MAE of all entries, the rest of the :func:`informative` ones.
 
     Args:
         error: prediction minus reference, shape (n,).
@@ -273,10 +273,15 @@ def uncertainty_report(error: np.ndarray, sigma: np.ndarray, blocks: np.ndarray)
     used = informative(error, sigma)
     if not used.any():
         raise ValueError("all errors and sigmas are 0: nothing to report")
-    error, sigma, blocks = np.asarray(error)[used], np.asarray(sigma)[used], np.asarray(blocks)[used]
+    every, whole = np.asarray(error, float), BlockBootstrap(blocks)
+    of_errors = {
+        "rmse": whole.interval(np.square(every), lambda m: np.sqrt(m[:, 0])),
+        "mae": whole.interval(np.abs(every)),
+    }
+    error, sigma, blocks = every[used], np.asarray(sigma)[used], np.asarray(blocks)[used]
     return UncertaintyReport(
-        rmse=rmse(error),
-        mae=mae(error),
+        rmse=rmse(every),
+        mae=mae(every),
         sigma_rms=rmse(sigma),
         nll=nll(error, sigma),
         crps=crps(error, sigma),
@@ -287,7 +292,7 @@ def uncertainty_report(error: np.ndarray, sigma: np.ndarray, blocks: np.ndarray)
         spearman=spearman(error, sigma),
         spearman_ceiling=spearman_ceiling(sigma),
         n=int(used.sum()),
-        intervals=_intervals(error, sigma, BlockBootstrap(blocks)),
+        intervals=of_errors | _intervals(error, sigma, BlockBootstrap(blocks)),
     )
 
 
@@ -296,8 +301,6 @@ def _intervals(error: np.ndarray, sigma: np.ndarray, bootstrap: BlockBootstrap) 
     square, z2 = np.square(error), np.square(error / sigma)
     own = nll_terms(error, sigma)
     found = {
-        "rmse": bootstrap.interval(square, lambda m: np.sqrt(m[:, 0])),
-        "mae": bootstrap.interval(np.abs(error)),
         "sigma_rms": bootstrap.interval(np.square(sigma), lambda m: np.sqrt(m[:, 0])),
         "nll": bootstrap.interval(own),
         "crps": bootstrap.interval(crps_terms(error, sigma)),

@@ -215,6 +215,18 @@ def test_what_two_structures_have_wrong_alike_drops_out_of_their_difference() ->
         difference_sigma(common, own[:3])
 
 
+def test_few_samples_make_errors_over_spreads_larger_than_one() -> None:
+    """z² of honest Gaussian samples, by drawing them: one calibration is honest for every number of samples."""
+    generator = np.random.default_rng(0)
+    calibration = Calibration(Growth(1.0), n_samples=1000)
+    for k in (6, 16):
+        samples = {"forces": generator.normal(size=(k, 40000, 3))}
+        sigma = calibration.sigma(samples, np.ones(40000))["forces"]
+        error = generator.normal(size=sigma.shape)
+        assert np.mean((error / samples["forces"].std(0, ddof=1)) ** 2) == pytest.approx((k - 1) / (k - 3), rel=0.03)
+        assert np.mean((error / sigma) ** 2) == pytest.approx(1, rel=0.03)
+
+
 def test_force_covariance_is_that_of_each_atom() -> None:
     forces = np.random.default_rng(0).normal(size=(7, 4, 3))
     for atom, matrix in enumerate(force_covariance(forces)):

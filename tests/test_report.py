@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from forcedrop.calibration import Calibration, Growth
+from forcedrop.calibration import Calibration, Growth, few_samples
 from forcedrop.evaluation import compare, evaluate, predict_frames, with_uncertainties
 from forcedrop.potential import DropoutRates
 from forcedrop.report import comparison_rows, comparison_table, evaluation_table, format_table, results_page
@@ -18,7 +18,8 @@ def factors(model, prediction) -> np.ndarray:
     """The atoms' factors by the formula in ``forcedrop.calibration``."""
     c = model.calibration.curve
     mean_square = (prediction.std["forces"] ** 2).mean(1)
-    return c.scale * (1 + mean_square / c.reference**2) ** (c.exponent / 2)
+    few = np.sqrt(3.0 / few_samples(model.calibration.n_samples))  # of four samples
+    return few * c.scale * (1 + mean_square / c.reference**2) ** (c.exponent / 2)
 
 
 def test_evaluation_against_a_loop(trained) -> None:
