@@ -191,7 +191,7 @@ def collect() -> None:
             )
         panel.set(xscale="log", yscale="log", xlabel="minutes of training on one CPU core", ylabel=label)
         panel.grid(alpha=0.3, which="both")
-    panels[0].legend()
+    panels[0].legend(fontsize=8, loc="lower left")
     figure.savefig(RESULTS / "race.png", dpi=130)
     results = read_results("race") | {
         "environment": environment(SEED),

@@ -107,7 +107,7 @@ def fit_posterior(
     values, vectors = torch.linalg.eigh(precision)
     values = values.clamp(min=0)  # rounding
     mean = vectors @ ((vectors.T @ pull) / (values + prior / WIDE))
-    root = (vectors / (values + prior).sqrt()) @ vectors.T  # the symmetric root: no sign or order of vectors is left to chance
+    root = (vectors / (values + prior).sqrt()) @ vectors.T  # symmetric: no sign of a vector is left to chance
     after = _held_errors(potential, held, mean.to(potential.hidden_bias), with_stress)
     worse = sum((b / a) ** 2 for a, b in zip(scales, after, strict=True) if a) > sum(a > 0 for a in scales)
     return Posterior(
