@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, environment, read_results, with_changes, write_results
-from race import DROPOUT
+from race import DROPOUT, graphs_of
 
 from forcedrop.calibration import Calibration, Growth, local_spread
 from forcedrop.evaluation import Evaluation, compare, evaluate
-from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
 from forcedrop.metrics import mean_z2, nll
 from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
 from forcedrop.structures import Frame, read_frames, write_frames
@@ -184,12 +183,6 @@ def kinds(model: TrainedModel, sets: dict[str, list[Frame]]) -> dict[str, dict[s
         found[candidate.__name__] = row
         print(candidate.__name__, row, flush=True)
     return found
-
-
-def graphs_of(model: TrainedModel, frames: list[Frame]) -> list[AtomicGraph]:
-    """Return the graphs of frames with the model's cutoff."""
-    finder = NeighbourFinder(model.cutoff)
-    return [build_graph(frame, finder, model.dtype) for frame in frames]
 
 
 def one_factor(

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from ase import units
 from common import environment, read_results, with_changes, write_results
+from race import graphs_of
 
 from forcedrop.evaluation import evaluate, predict_frames
-from forcedrop.graph import NeighbourFinder, build_graph
 from forcedrop.metrics import mean_z2
 from forcedrop.structures import read_frames
 from forcedrop.training import TrainConfig, calibrate, load_config, load_model, parse_config, train
@@ -114,8 +114,7 @@ def carry(element: str, config: TrainConfig, data: Path) -> None:
         )
     bulk = [f for f in frames if f.info["config_type"] in BULK]
     others = [f for f in [*frames, *read_frames(data / f"{element}_test.xyz")] if f.info["config_type"] not in BULK]
-    finder = NeighbourFinder(model.cutoff)
-    model.calibration = calibrate(model, [build_graph(f, finder, model.dtype) for f in bulk])
+    model.calibration = calibrate(model, graphs_of(model, bulk))
     row: dict[str, Any] = {"calibration_frames": len(bulk), "calibration": model.calibration.sentence()}
     for name in sorted({f.info["config_type"] for f in others}):
         chosen = [f for f in others if f.info["config_type"] == name]
