@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from forcedrop.calibration import Calibration, difference_sigma
 from forcedrop.graph import NeighbourFinder, build_graph
-from forcedrop.metrics import UncertaintyReport, atom_norms, detection, rmse, uncertainty_report
+from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informative, rmse, uncertainty_report
 from forcedrop.sampling import FramePrediction, predict_graphs
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
@@ -60,11 +60,16 @@ class Evaluation:
         return {name: uncertainty_report(self.error[name], self.sigma[name], self.frame[name]) for name in self.error}
 
     def by_element(self) -> dict[str, UncertaintyReport]:
-        """Return the measures of the force components of each element, by symbol; empty without forces."""
+        """Return the measures of the force components of each element, by symbol; empty without forces.
+
+        An element on whose atoms symmetry forbids all forces is left out.
+        """
         found = {}
         for z in np.unique(self.atomic_number):
-            columns = (part["forces"][self.atomic_number == z] for part in (self.error, self.sigma, self.frame))
-            found[chemical_symbols[z]] = uncertainty_report(*columns)
+            own = self.atomic_number == z
+            error, sigma, frame = (part["forces"][own] for part in (self.error, self.sigma, self.frame))
+            if informative(error, sigma).any():
+                found[chemical_symbols[z]] = uncertainty_report(error, sigma, frame)
         return found
 
     def by_frame(self) -> UncertaintyReport | None:
@@ -208,12 +213,10 @@ def _differences(frames: Sequence[Frame], predictions: Sequence[FramePrediction]
         if sampled and a.energy is not None and b.energy is not None and np.array_equal(np.sort(a.z), np.sort(b.z)):
             reference = a.energy - b.energy
             sigma = difference_sigma(p.samples["energy"], q.samples["energy"])
-            errors = (
-                float(part(p) - part(q)) - reference
-                for part in (lambda x: x.mean["energy"], lambda x: x.plain["energy"])
-            )
-            error, plain = errors
-            rows.append(tuple(np.array([x]) for x in (reference, error, sigma, plain, index)))
+            if sigma > 0:  # 0 of two copies of one structure: nothing to judge
+                error = float(p.mean["energy"] - q.mean["energy"]) - reference
+                plain = float(p.plain["energy"] - q.plain["energy"]) - reference
+                rows.append(tuple(np.array([x]) for x in (reference, error, sigma, plain, index)))
     return rows
 
 

@@ -88,6 +88,18 @@ def test_evaluation_by_element_difference_and_coverage_against_loops(trained) ->
     assert by_frame.rmse == pytest.approx(np.sqrt(np.mean(error**2)))
 
 
+def test_copies_and_forbidden_forces_are_no_obstacle(trained) -> None:
+    """Two copies of one structure have a difference of 0 ± 0; perfect copper has no forces, aluminium beside it has."""
+    frames = emt_frames(2, seed=4)
+    result = evaluate(trained, [frames[0], frames[0], frames[1], frames[0]], n_samples=4)
+    assert len(result.error["difference"]) == 1
+    z = np.array([29, 13])
+    still = replace(result, atomic_number=np.repeat(z, 3), frame={"forces": np.zeros(6)})
+    error, sigma = np.array([0, 0, 0, 0.1, -0.2, 0.1]), np.array([0, 0, 0, 0.1, 0.1, 0.1])
+    still = replace(still, error={"forces": error}, sigma={"forces": sigma})
+    assert list(still.by_element()) == ["Al"]
+
+
 def test_uncertainties_go_where_no_writer_drops_them(trained) -> None:
     frame = emt_frames(1)[0]
     prediction = predict_frames(trained, [frame], n_samples=4)[0]
