@@ -4,8 +4,8 @@
 
 400 molecules of the training file whose three rotatable bonds were turned at random until atoms more than three bonds apart are
 1.7 to 2.6 Å close, labelled with GFN2-xTB (kept where no force component is above 12 eV/Å). That is another method than the
-training's: on the 300 K frames themselves the two differ by 0.2 eV/Å, so only errors far above that count. A *hole* is one
-with a force RMSE above 1 eV/Å. Nothing here is a test set: it is where cures are chosen. Writes ``results/holes.json``.
+training's: on the 300 K frames themselves the two differ by 0.2 eV/Å, so only errors far above that count. A *hole* has a
+force RMSE above 1 eV/Å. Nothing here is a test set: it is where cures are chosen. Writes ``results/holes.json``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import torch
 from ase import Atoms
 from ase.neighborlist import build_neighbor_list, natural_cutoffs
 from common import environment, read_results, write_results
-from race import ROOT, RUNS, graphs_of
+from race import ROOT, RUNS, plain_residuals
 
-from forcedrop.derive import derive
-from forcedrop.graph import batch_graphs
 from forcedrop.structures import Frame, read_frames, write_frames
 from forcedrop.training import TrainedModel, load_model
 
@@ -98,12 +96,8 @@ def turn(atoms: Atoms, bonds: nx.Graph, bond: tuple[int, int], angle: float) -> 
 
 def judge(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
     """Return percentiles of the structures' force RMSE [meV/Å] of the plain pass, and the share of holes [%]."""
-    graphs, errors = graphs_of(model, frames), []
-    for first in range(0, len(graphs), 10):
-        batch = batch_graphs(graphs[first : first + 10])
-        square = (derive(model.potential, batch).forces - batch.forces).double().square().mean(1)
-        errors += [float(part.mean()) ** 0.5 for part in square.split(batch.ptr.diff().tolist())]
-    values = 1e3 * np.array(errors)
+    _, forces = plain_residuals(model, frames)
+    values = 1e3 * np.sqrt(np.mean(np.square(forces), axis=1, dtype=float))
     return {
         "median": round(float(np.median(values)), 1),
         "rms": round(float(np.sqrt(np.mean(values**2))), 1),

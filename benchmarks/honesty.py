@@ -25,7 +25,7 @@ import torch
 from common import RESULTS, environment, read_results, with_changes, write_results
 from race import DROPOUT, graphs_of
 
-from forcedrop.calibration import Calibration, Growth, local_spread
+from forcedrop.calibration import Calibration, Growth
 from forcedrop.evaluation import Evaluation, compare, evaluate
 from forcedrop.metrics import mean_z2, nll
 from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
@@ -178,7 +178,7 @@ def kinds(model: TrainedModel, sets: dict[str, list[Frame]]) -> dict[str, dict[s
         fitted = candidate(spreads["calibration"])
         for name in ("cold", "hot"):
             own = spreads[name]
-            sigma = fitted.factors(local_spread(own.std), own.z)[:, None] * own.std
+            sigma = own.sigma(fitted)
             row |= {f"{name}_nll": round(nll(own.error, sigma), 4), f"{name}_z2": round(mean_z2(own.error, sigma), 3)}
         found[candidate.__name__] = row
         print(candidate.__name__, row, flush=True)

@@ -243,18 +243,23 @@ def graphs_of(model: TrainedModel, frames: list[Frame]) -> list[AtomicGraph]:
 
 def plain_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
     """Return force and energy RMSE [meV/Å, meV] of a network without dropout."""
+    energy, forces = plain_residuals(model, frames)
+    return {
+        "forces": round(1e3 * rmse(forces), 2),
+        "energy": round(1e3 * rmse(energy), 2),
+        **without_worst(forces, len(frames)),
+    }
+
+
+def plain_residuals(model: TrainedModel, frames: list[Frame]) -> tuple[np.ndarray, np.ndarray]:
+    """Return errors of energies (n,) [eV] and forces (n, 3N) [eV/Å] of the plain pass, on frames of one molecule."""
     graphs, energy, forces = graphs_of(model, frames), [], []
     for first in range(0, len(graphs), 10):
         batch = batch_graphs(graphs[first : first + 10])
         found = derive(model.potential, batch)
         energy.append((found.energy - batch.energy).numpy())
-        forces.append((found.forces - batch.forces).numpy().ravel())
-    error = np.concatenate(forces)
-    return {
-        "forces": round(1e3 * rmse(error), 2),
-        "energy": round(1e3 * rmse(np.concatenate(energy)), 2),
-        **without_worst(error, len(frames)),
-    }
+        forces.append((found.forces - batch.forces).numpy().reshape(batch.num_graphs, -1))
+    return np.concatenate(energy), np.concatenate(forces)
 
 
 def without_worst(error: np.ndarray, n_frames: int) -> dict[str, float]:

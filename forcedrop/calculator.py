@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from forcedrop.calibration import force_covariance
+from forcedrop.calibration import deviations, force_covariance
 from forcedrop.derive import Derived, derive
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.potential import require_samples
@@ -148,7 +148,7 @@ class DropoutCalculator(Calculator):
         if calibration is not None:
             samples = calibration.apply(samples, z)
             results["forces_covariance"] = force_covariance(samples["forces"])
-            results |= {f"{name}_uncertainty": _scalar(x.std(0, ddof=1)) for name, x in samples.items()}
+            results |= {f"{name}_uncertainty": _scalar(x) for name, x in deviations(samples).items()}
             results["pressure_uncertainty"] = _pressure(samples["stress"])
         if self.keep_samples:
             results |= {f"{name}_ensemble": samples[name] for name in _VALUES}

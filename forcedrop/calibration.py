@@ -295,7 +295,7 @@ class Calibration:
 
     def sigma(self, samples: Mapping[str, np.ndarray], z: np.ndarray) -> dict[str, np.ndarray]:
         """Return the calibrated standard deviations (ddof 1) of one structure by property, from its samples."""
-        return {name: x.std(axis=0, ddof=1) for name, x in self.apply(samples, z).items()}
+        return deviations(self.apply(samples, z))
 
     def quantile(self, name: str, coverage: float) -> float:
         """Return q: ±q·σ holds a share ``coverage`` of the errors of a property, see :func:`conformal_quantiles`.
@@ -338,6 +338,11 @@ class Calibration:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
         return cls(**{**values, "curve": curve_from_dict(values["curve"])})
+
+
+def deviations(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the standard deviations (ddof 1) over the samples, the first axis, by property."""
+    return {name: x.std(axis=0, ddof=1) for name, x in samples.items()}
 
 
 def few_samples(k: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
-from forcedrop.calibration import Calibration, difference_sigma
+from forcedrop.calibration import Calibration, deviations, difference_sigma
 from forcedrop.graph import NeighbourFinder, build_graph
 from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informative, rmse, uncertainty_report
 from forcedrop.sampling import FramePrediction, predict_graphs
@@ -139,7 +139,7 @@ def predict_frames(
         samples, sigma = p.samples, None
         if model.calibration is not None:
             samples = model.calibration.apply(p.samples, frame.z)
-            sigma = {name: x.std(axis=0, ddof=1) for name, x in samples.items()}
+            sigma = deviations(samples)
         found.append(replace(p, sigma=sigma, samples={"energy": samples["energy"]}))
     return found
 

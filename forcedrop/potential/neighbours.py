@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 
-class _Gather(torch.autograd.Function):
-    generate_vmap_rule = True
+class _AlongLists(torch.autograd.Function):
+    """What a gather and its adjoint keep: the lists, for either mode of differentiation."""
 
-    @staticmethod
-    def forward(x: Tensor, nbr: Tensor, reverse: Tensor) -> Tensor:
-        return x.index_select(0, nbr.reshape(-1)).reshape(*nbr.shape, *x.shape[1:])
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         _, nbr, reverse = inputs
         ctx.save_for_backward(nbr, reverse)
         ctx.save_for_forward(nbr, reverse)
+
+
+class _Gather(_AlongLists):
+    @staticmethod
+    def forward(x: Tensor, nbr: Tensor, reverse: Tensor) -> Tensor:
+        return x.index_select(0, nbr.reshape(-1)).reshape(*nbr.shape, *x.shape[1:])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -37,19 +41,11 @@ class _Gather(torch.autograd.Function):
         return _SumReverse.apply(grad, nbr, reverse), None, None
 
 
-class _SumReverse(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _SumReverse(_AlongLists):
     @staticmethod
     def forward(edges: Tensor, nbr: Tensor, reverse: Tensor) -> Tensor:
         flat = edges.reshape(-1, *edges.shape[2:])
         return flat.index_select(0, reverse.reshape(-1)).reshape(edges.shape).sum(1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, nbr, reverse = inputs
-        ctx.save_for_backward(nbr, reverse)
-        ctx.save_for_forward(nbr, reverse)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:

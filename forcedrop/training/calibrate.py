@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,6 @@ from tqdm import tqdm
 from forcedrop.calibration import (
     CRITERIA,
     Calibration,
-    Curve,
     Growth,
     Monotone,
     conformal_quantiles,
@@ -42,6 +42,11 @@ class ForceErrors(NamedTuple):
     def of(self, rows: np.ndarray) -> ForceErrors:
         """Return some of the atoms."""
         return ForceErrors(*(column[rows] for column in self))
+
+    def sigma(self, calibration: Calibration) -> np.ndarray:
+        """Return the spreads scaled by a calibration, shape (n, 3)."""
+        sigma: np.ndarray = calibration.factors(local_spread(self.std), self.z)[:, None] * self.std
+        return sigma
 
 
 def calibrate(
@@ -76,9 +81,8 @@ def calibrate(
     if "forces" in present:
         present["atoms"] = atom_norms(*(x.reshape(-1, 3) for x in present["forces"]))
     criteria = [frame_criteria(s["forces"], float(s["energy"])) for s in sigma]
-    return Calibration(
-        curve=shared.curve,
-        elements=shared.elements,
+    return replace(
+        shared,
         scales=scales,
         quantiles={name: conformal_quantiles(*pair, len(graphs)) for name, pair in present.items()},
         n_frames=len(graphs),
@@ -144,22 +148,20 @@ def monotone(forces: ForceErrors) -> Calibration:
 
 def growing_by_element(forces: ForceErrors) -> Calibration:
     """Return a growing factor and one of each element."""
-    curve: Curve = Growth.fit(forces.error, forces.std)
-    sigma = curve.factor(local_spread(forces.std))[:, None] * forces.std
-    return Calibration(curve, fit_elements(forces.error, sigma, forces.z))
+    alike = growing(forces)
+    return replace(alike, elements=fit_elements(forces.error, forces.sigma(alike), forces.z))
 
 
 CANDIDATES = (one_factor, growing, growing_by_element)
 
 
-def cross_validate(forces: ForceErrors, candidate: Any) -> np.ndarray:
+def cross_validate(forces: ForceErrors, candidate: Callable[[ForceErrors], Calibration]) -> np.ndarray:
     """Return the mean negative log-likelihood of the forces of each fold of frames under a calibration fitted to the others."""
     folds = np.unique(forces.frame, return_inverse=True)[1] % FOLDS
     scores = []
     for fold in range(FOLDS):
         own, others = forces.of(folds == fold), forces.of(folds != fold)
-        fitted = candidate(others)
-        sigma = fitted.factors(local_spread(own.std), own.z)[:, None] * own.std
+        sigma = own.sigma(candidate(others))
         seen = sigma > 1e-12
         scores.append(nll(own.error[seen], sigma[seen]))
     return np.array(scores)
