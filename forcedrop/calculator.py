@@ -19,7 +19,7 @@ from forcedrop.calibration import deviations, force_covariance
 from forcedrop.derive import Derived, derive
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.potential import require_samples
-from forcedrop.sampling import Prediction, draw_masks, predict
+from forcedrop.sampling import MAX_MEMORY, Prediction, draw_masks, predict
 from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel, load_model
 
@@ -54,7 +54,7 @@ class DropoutCalculator(Calculator):
             (``calc.get_property("forces_std", atoms)``) computes it.
         keep_samples: whether ``results`` also hold every sample.
         skin: of the neighbour list [Å].
-        chunk: how many samples to compute at once, to bound the memory.
+        max_memory: of the samples [GiB]; those that do not fit at once are computed one group after another.
 
     Raises:
         ValueError: if the model cannot be read, has nothing to sample, or K < 2.
@@ -81,11 +81,13 @@ class DropoutCalculator(Calculator):
         uncertainty_every: int = 1,
         keep_samples: bool = False,
         skin: float = 0.5,
-        chunk: int | None = None,
+        max_memory: float = MAX_MEMORY,
     ) -> None:
         super().__init__()
         if n_samples is not None and n_samples < 2:
             raise ValueError(f"error bars need at least 2 samples, got n_samples={n_samples}")
+        if not max_memory > 0:
+            raise ValueError(f"`max_memory` must be positive [GiB], got {max_memory}")
         if uncertainty_every < 1:
             raise ValueError(f"`uncertainty_every` must be at least 1, got {uncertainty_every}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -98,7 +100,7 @@ class DropoutCalculator(Calculator):
         self.n_samples, self.seed = self.model.masks_for(n_samples, seed)
         self.uncertainty_every = uncertainty_every
         self.keep_samples = keep_samples
-        self.chunk = chunk
+        self.max_memory = max_memory
         self._finder = NeighbourFinder(self.potential.config.cutoff, skin)
         self._evaluations = 0
 
@@ -126,7 +128,9 @@ class DropoutCalculator(Calculator):
         results: dict[str, Any] = {}
         prediction = None
         if asked or due or self.uncertainty_every == 1:
-            prediction = predict(self.potential, batch, n_samples=self.n_samples, seed=self.seed, chunk=self.chunk)
+            prediction = predict(
+                self.potential, batch, n_samples=self.n_samples, seed=self.seed, max_memory=self.max_memory
+            )
             results.update(self._spread(prediction, frame.z))
         best = prediction.mean if prediction and self.uncertainty_every == 1 else self._sample(batch)
         results.update(_single(best, ""))
@@ -192,7 +196,7 @@ class DropoutCalculator(Calculator):
         return {
             "n_samples": self.n_samples, "seed": self.seed, "device": self.device,
             "dtype": self.potential.hidden_bias.dtype, "uncertainty_every": self.uncertainty_every,
-            "keep_samples": self.keep_samples, "skin": self._finder.skin, "chunk": self.chunk,
+            "keep_samples": self.keep_samples, "skin": self._finder.skin, "max_memory": self.max_memory,
         }  # fmt: skip
 
 

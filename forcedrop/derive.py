@@ -1,5 +1,8 @@
 r"""The only place that differentiates: energies, forces and stress of one potential or of K at once.
 
+Functions that differ in what the energy is read from, and the plain network, go the way that is written out by hand in
+``potential/pullback.py``; masks within the network, and training, go through automatic differentiation.
+
 The energy depends on the positions through the pair vectors alone, so one gradient g = ∂E/∂(pair vectors) gives everything:
 the force on atom i is the sum of g over the pairs that leave i minus the sum over those that reach it, the stress is
 Σ vec ⊗ g / V (symmetric part), with ASE's sign (positive under tension: σ = ∂E/∂ε / V).
@@ -14,8 +17,9 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from forcedrop.graph import pair_vectors
-from forcedrop.potential import GraphInputs, Masks, Potential
+from forcedrop.potential import READOUT_SHIFT, GraphInputs, Masks, Potential
 from forcedrop.potential.neighbours import sum_incoming
+from forcedrop.potential.pullback import readout_gradients
 
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 
@@ -46,7 +50,11 @@ def derive(potential: Potential, batch: Batch, masks: Masks | None = None, *, cr
         create_graph: whether the result is to be differentiated again, by the parameters (training).
     """
     graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    return derive_pairs(potential, graph, vec, batch.volume, masks, create_graph=create_graph)
+    masks = masks or {}
+    if create_graph or not _readouts_alone(masks, 1):
+        return derive_pairs(potential, graph, vec, batch.volume, masks, create_graph=create_graph)
+    shifts = masks[READOUT_SHIFT][None] if masks else vec.new_zeros(1, potential.n_readout)
+    return Derived(*(x[0] for x in _derive_readouts(potential, graph, vec, batch.volume, shifts)))
 
 
 def derive_pairs(
@@ -77,7 +85,21 @@ def derive_samples(potential: Potential, batch: Batch, masks: Masks) -> Derived:
         masks: one per site, sample axis first: (K, C), (K, N, C) or for edges (K, N, M).
     """
     graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    return derive_pairs_samples(potential, graph, vec, batch.volume, masks)
+    if not _readouts_alone(masks, 2):
+        return derive_pairs_samples(potential, graph, vec, batch.volume, masks)
+    return _derive_readouts(potential, graph, vec, batch.volume, masks[READOUT_SHIFT])
+
+
+def _readouts_alone(masks: Masks, n_axes: int) -> bool:
+    """Say whether nothing within the network is masked, and what is added to the readouts is the same for every atom."""
+    return all(name == READOUT_SHIFT and mask.dim() == n_axes for name, mask in masks.items())
+
+
+def _derive_readouts(potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, shifts: Tensor) -> Derived:
+    """Return the results of K functions that differ in their readouts by ``shifts`` (K, F)."""
+    local, gradient = readout_gradients(potential, vec, graph, shifts)
+    parts = [_assemble(potential, graph, vec, volume, e, g) for e, g in zip(local, gradient, strict=True)]
+    return Derived(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
 
 def derive_pairs_samples(

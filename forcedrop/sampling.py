@@ -16,6 +16,9 @@ from forcedrop.dropout import edge_mask, feature_mask, normal_noise
 from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms
 from forcedrop.potential import READOUT_SHIFT, Potential, require_samples
 
+MAX_MEMORY = 2.0
+"""What the samples may take by default [GiB]."""
+
 
 class Prediction(NamedTuple):
     """K samples and their two first moments; each field is a :class:`~forcedrop.derive.Derived`.
@@ -99,8 +102,30 @@ def reduce_samples(samples: Derived) -> Prediction:
     return Prediction(mean, each(lambda x: x.std(0, correction=1), samples), samples)
 
 
+def samples_at_once(potential: Potential, batch: Batch, max_memory: float = MAX_MEMORY) -> int:
+    """Return how many samples of a batch can be computed at once in ``max_memory`` [GiB], at least 1.
+
+    What a sample keeps on the way back through the layers: per atom and channel so many numbers for each of its M neighbours, and
+    for its own tensors. With masks within the network, automatic differentiation keeps the way there as well.
+
+    Raises:
+        ValueError: if the memory is not positive.
+    """
+    if not max_memory > 0:
+        raise ValueError(f"`max_memory` must be positive [GiB], got {max_memory}")
+    config = potential.config
+    tensors, degrees = (config.l_features + 1) ** 2, config.l_features + 1
+    if potential.sites:
+        slots = degrees * (config.l_max + 1) + 4 * tensors
+        per_atom = config.n_layers * (batch.nbr.shape[1] * slots + 12 * 50)
+    else:
+        per_atom = batch.nbr.shape[1] * degrees + 4 * tensors + 4 * config.n_layers
+    size = batch.num_nodes * config.n_channels * per_atom * batch.pos.element_size()
+    return max(1, int(max_memory * 2**30 / max(size, 1)))
+
+
 def predict(
-    potential: Potential, batch: Batch, *, n_samples: int = 16, seed: int = 0, chunk: int | None = None
+    potential: Potential, batch: Batch, *, n_samples: int = 16, seed: int = 0, max_memory: float = MAX_MEMORY
 ) -> Prediction:
     """Return the Monte-Carlo-dropout prediction of a batch.
 
@@ -109,16 +134,16 @@ def predict(
         batch: from ``forcedrop.graph.batch_graphs``.
         n_samples: K ≥ 2.
         seed: of the masks; the same (seed, K) gives the same bits.
-        chunk: how many samples to compute at once (all, if not given); it bounds the memory.
+        max_memory: [GiB]; as many samples are computed at once as fit, at least one.
 
     Raises:
-        ValueError: if K < 2, or there is nothing to sample.
+        ValueError: if K < 2, there is nothing to sample, or the memory is not positive.
     """
     if n_samples < 2:
         raise ValueError(f"error bars need at least 2 samples, got {n_samples}")
     require_samples(potential)
     parts = []
-    step = chunk or n_samples
+    step = min(n_samples, samples_at_once(potential, batch, max_memory))
     shifts = draw_shifts(potential, seed, n_samples)
     with torch.no_grad():
         for first in range(0, n_samples, step):

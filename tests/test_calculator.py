@@ -261,9 +261,9 @@ def test_pymatgen_adaptor(trained) -> None:
     assert atoms.get_potential_energy() == pytest.approx(direct.get_potential_energy(), abs=1e-9)
 
 
-def test_chunks_and_precision(trained) -> None:
+def test_memory_and_precision(trained) -> None:
     whole = DropoutCalculator(trained, n_samples=4)
-    parts = DropoutCalculator(trained, n_samples=4, chunk=2)
+    parts = DropoutCalculator(trained, n_samples=4, max_memory=1e-9)
     single = DropoutCalculator(trained, n_samples=4, dtype=torch.float32)
     a, b, c = (calc.get_property("forces_std", crystal()) for calc in (whole, parts, single))
     np.testing.assert_allclose(a, b, atol=1e-12)

@@ -1,8 +1,18 @@
 import pytest
 import torch
 
-from forcedrop.derive import derive
-from forcedrop.sampling import committee, draw_masks, predict, predict_graphs, reduce_samples, sampled
+from forcedrop import sampling
+from forcedrop.derive import derive, derive_samples
+from forcedrop.potential import DropoutRates, Potential
+from forcedrop.sampling import (
+    committee,
+    draw_masks,
+    predict,
+    predict_graphs,
+    reduce_samples,
+    sampled,
+    samples_at_once,
+)
 from tests.conftest import batch_of, ethanol, graph_of, make_potential, silicon
 from tests.shapes import check_derived
 
@@ -17,11 +27,33 @@ def test_mean_and_std_are_those_of_the_samples() -> None:
         torch.testing.assert_close(std, (((samples - mean) ** 2).sum(0) / 4).sqrt())
 
 
-def test_chunks_change_nothing() -> None:
-    potential, batch = make_potential(), batch_of([ethanol()], 4.0)
-    whole, parts = (predict(potential, batch, n_samples=7, chunk=chunk) for chunk in (None, 3))
-    for a, b in zip(whole.samples, parts.samples, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+def with_posterior(potential: Potential) -> Potential:
+    """Give a network without sites something to sample."""
+    potential.posterior = 1e-2 * torch.eye(potential.n_readout, dtype=torch.float64)
+    return potential
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_little_memory_means_fewer_samples_at_once_and_the_same_result(masked, monkeypatch) -> None:
+    potential = make_potential() if masked else with_posterior(make_potential(rates=DropoutRates()))
+    batch = batch_of([ethanol()], 4.0)
+    at_once = []
+
+    def counted(potential, batch, masks):
+        at_once.append(len(next(iter(masks.values()))))
+        return derive_samples(potential, batch, masks)
+
+    monkeypatch.setattr(sampling, "derive_samples", counted)
+    whole = predict(potential, batch, n_samples=7)
+    one = 1.0 / samples_at_once(potential, batch, 1.0)  # GiB of a sample, to rounding
+    three = predict(potential, batch, n_samples=7, max_memory=3.01 * one)
+    least = predict(potential, batch, n_samples=7, max_memory=1e-9)
+    assert at_once == [7, 3, 3, 1, *[1] * 7]
+    for parts in (three, least):
+        for a, b in zip(whole.samples, parts.samples, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="must be positive"):
+        predict(potential, batch, n_samples=7, max_memory=0)
 
 
 def test_one_sample_has_no_spread() -> None:

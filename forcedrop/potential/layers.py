@@ -213,22 +213,32 @@ class Message(nn.Module):
         x = self.send(by_degree(x))
         if mask is not None:
             x = x * spread_mask(mask, self.index, c)
-        sent = gather_neighbours(x.transpose(0, 1).flatten(1), nbr, reverse)
-        along = self._along(sent.unflatten(2, (-1, c)), pairs)
+        return self.carry(x.transpose(0, 1), pairs, nbr, reverse)
+
+    def carry(self, sent: Tensor, pairs: PairGeometry, nbr: Tensor, reverse: Tensor) -> Tensor:
+        """Return A, shape (S, N, C), from what every atom sends, (all atoms, (L+1)², C), and the geometry of N atoms' pairs."""
+        c = sent.shape[-1]
+        moved = gather_neighbours(sent.flatten(1), nbr, reverse)
+        along = self.along(moved.unflatten(2, (-1, c)), pairs.sphere)
         radial = (pairs.radial @ self.radial).unflatten(2, (self.l_in + 1, self.l_max + 1, c))
         carried = (along[:, :, :, None] * radial).sum(2).unbind(2)
         a = [y @ f for y, f in zip(by_degree(pairs.sphere, dim=1), carried, strict=True)]
-        plain = (pairs.radial.transpose(1, 2) @ sent[..., c:]).unflatten(2, (-1, c))
-        weights = self.radial_plain.unflatten(1, (self.l_in, c))[:, self.index[1:] - 1]
+        plain = (pairs.radial.transpose(1, 2) @ moved[..., c:]).unflatten(2, (-1, c))
         sizes = [2 * l + 1 for l in range(1, self.l_in + 1)]  # noqa: E741
-        for l, tensor in enumerate((plain * weights).sum(1).split(sizes, dim=1), start=1):  # noqa: E741
+        for l, tensor in enumerate((plain * self.plain_weights).sum(1).split(sizes, dim=1), start=1):  # noqa: E741
             a[l] = a[l] + tensor
         return self.norm(torch.cat(a, dim=1).transpose(0, 1))
 
-    def _along(self, sent: Tensor, pairs: PairGeometry) -> Tensor:
-        """Return each l's component along the pair, shape (N, M, L+1, C), from what is sent, (N, M, (L+1)², C)."""
-        direction = pairs.sphere[:, : len(self.index)] * (2 * self.index + 1).rsqrt()[:, None]
-        parts = by_degree(sent * direction.transpose(1, 2)[..., None], dim=2)
+    @property
+    def plain_weights(self) -> Tensor:
+        """Weights of the radial functions R'_l for each component with l ≥ 1, shape (n, (L+1)² − 1, C)."""
+        n_channels = self.radial.shape[1] // ((self.l_in + 1) * (self.l_max + 1))
+        return self.radial_plain.unflatten(1, (self.l_in, n_channels))[:, self.index[1:] - 1]
+
+    def along(self, moved: Tensor, sphere: Tensor) -> Tensor:
+        """Return each l's component along the pair, (N, M, L+1, C), from the neighbours' (N, M, (L+1)², C) and Y (N, S, M)."""
+        direction = sphere[:, : len(self.index)] * (2 * self.index + 1).to(sphere.dtype).rsqrt()[:, None]
+        parts = by_degree(moved * direction.transpose(1, 2)[..., None], dim=2)
         return torch.stack([part.sum(2) for part in parts], dim=2)
 
 

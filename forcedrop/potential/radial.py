@@ -17,6 +17,12 @@ def polynomial_cutoff(x: Tensor, p: int = 6) -> Tensor:
     return torch.where(x < 1, u, torch.zeros_like(u))
 
 
+def polynomial_cutoff_slope(x: Tensor, p: int = 6) -> Tensor:
+    """Return du/dx of :func:`polynomial_cutoff`: −p(p+1)(p+2)/2 · x^(p−1) (1−x)², 0 beyond the cutoff."""
+    slope = -(p * (p + 1) * (p + 2) / 2) * x ** (p - 1) * (1 - x) ** 2
+    return torch.where(x < 1, slope, torch.zeros_like(slope))
+
+
 class BesselBasis(nn.Module):
     r"""Spherical Bessel functions of order 0 times the cutoff: √(2/r_cut)·sin(nπr/r_cut)/r · u(r/r_cut), n = 1 … n_radial.
 
@@ -40,3 +46,12 @@ class BesselBasis(nn.Module):
         r = r[..., None]
         envelope = polynomial_cutoff(r / self.cutoff, self.power)
         return math.sqrt(2.0 / self.cutoff) * torch.sin(r * self.wave) / r * envelope
+
+    def with_slope(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the basis at distances ``r`` [Å] and its derivative by r [1/Å], each of shape (…, n_radial)."""
+        r = r[..., None]
+        x, phase = r / self.cutoff, r * self.wave
+        envelope, falling = polynomial_cutoff(x, self.power), polynomial_cutoff_slope(x, self.power) / self.cutoff
+        factor, sine = math.sqrt(2.0 / self.cutoff) / r, torch.sin(phase)
+        value = factor * sine * envelope
+        return value, factor * (self.wave * torch.cos(phase) * envelope + sine * falling) - value / r

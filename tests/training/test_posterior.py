@@ -202,7 +202,7 @@ def test_samples_have_the_spread_of_the_covariance() -> None:
         predict(potential, batch_graphs(graphs(1, seed=0)), n_samples=4)
     potential.posterior = 1e-3 * torch.randn(potential.n_readout, potential.n_readout, dtype=torch.float64)
     batch = batch_graphs(graphs(1, seed=0))
-    found = predict(potential, batch, n_samples=1000, chunk=250)
+    found = predict(potential, batch, n_samples=1000)
     energy, forces, _ = jacobian(potential, batch)
     covariance = potential.posterior @ potential.posterior.T
     exact = torch.einsum("fnc,fg,gnc->nc", forces, covariance, forces).sqrt()
@@ -210,10 +210,10 @@ def test_samples_have_the_spread_of_the_covariance() -> None:
     assert float(found.std.energy / (energy.T @ covariance @ energy).sqrt()) == pytest.approx(1.0, abs=0.12)
 
 
-def test_draws_leave_the_mean_where_the_plain_network_has_it_whatever_the_chunk() -> None:
+def test_draws_leave_the_mean_where_the_plain_network_has_it_whatever_fits_at_once() -> None:
     potential, batch = copper(), batch_graphs(graphs(1, seed=0))
     potential.posterior = torch.randn(potential.n_readout, potential.n_readout, dtype=torch.float64)
-    found, plain = predict(potential, batch, n_samples=5, chunk=2), derive(potential, batch)
+    found, plain = predict(potential, batch, n_samples=5, max_memory=1e-9), derive(potential, batch)
     for a, b in zip(found.mean, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     assert float(found.std.forces.min()) > 0
