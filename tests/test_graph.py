@@ -4,6 +4,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.neighborlist import neighbor_list
+from torch_geometric.data import Batch
 
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
 from forcedrop.structures import Frame
@@ -89,3 +90,17 @@ def test_a_bad_cell_names_the_frame() -> None:
 def test_nothing_to_batch() -> None:
     with pytest.raises(ValueError, match="zero graphs"):
         batch_graphs([])
+
+
+def test_a_batch_of_one_is_what_the_general_way_makes(structure: Atoms) -> None:
+    graph = graph_of(structure, 4.0, energy=1.5)
+    general, quick = Batch.from_data_list([graph]), batch_graphs([graph])
+    assert set(general.keys()) == set(quick.keys()) - {"nbr", "nbr_reverse", "nbr_shift", "nbr_used"}
+    assert quick.num_graphs == 1
+    assert quick.num_nodes == len(structure)
+    for key in general.keys():  # noqa: SIM118 (not a dictionary)
+        if torch.is_tensor(general[key]):
+            assert torch.equal(general[key], quick[key])
+            assert general[key].dtype == quick[key].dtype
+        else:
+            assert general[key] == quick[key]
