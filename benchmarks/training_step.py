@@ -11,14 +11,12 @@ over all rounds. Writes ``benchmarks/results/training_step.json``.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from turns import serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 ISOLATED = {1: -13.587222780835477, 6: -1029.4889999855063, 7: -1484.9814568572233, 8: -2041.9816003861047}
@@ -43,15 +41,9 @@ def main() -> None:
     kinds = {"forcedrop": sys.executable, "forcedrop dropout": sys.executable}
     kinds |= {"forcedrop compiled": sys.executable} if arguments.compile else {}
     kinds |= {"mace": str(arguments.mace_python)} if arguments.mace_python else {}
-    workers = {kind: Worker(kind, python, arguments.data, arguments.threads) for kind, python in kinds.items()}
-    times: dict[str, dict[str, list[float]]] = {kind: {} for kind in workers}
-    for _ in range(arguments.rounds):
-        for kind, worker in workers.items():
-            for what, values in worker.turn().items():
-                times[kind].setdefault(what, []).extend(values)
-    medians = {
-        kind: {what: round(1e3 * statistics.median(v), 2) for what, v in rows.items()} for kind, rows in times.items()
-    }
+    rest = ["--data", str(arguments.data), "--threads", str(arguments.threads)]
+    commands = {kind: [python, __file__, "--worker", kind, *rest] for kind, python in kinds.items()}
+    medians = take_turns(commands, arguments.rounds)
     ratios = {
         kind: {what: round(v / medians["mace"][what], 3) for what, v in rows.items() if what in medians["mace"]}
         for kind, rows in medians.items()
@@ -63,51 +55,6 @@ def main() -> None:
 
     about = environment(0) | {"threads": arguments.threads, "rounds": arguments.rounds}
     write_results("training_step", {"environment": about, "median_ms": medians, "over_mace": ratios})
-
-
-class Worker:
-    """A process that measures when it is asked to."""
-
-    def __init__(self, kind: str, python: str, data: Path, threads: int) -> None:
-        command = [python, __file__, "--worker", kind, "--data", str(data), "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()  # warm
-
-    def turn(self) -> dict[str, list[float]]:
-        """Return the times [s] of one round, by what was measured."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, list[float]]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                found: dict[str, list[float]] = json.loads(line)
-                return found
-        raise RuntimeError("a worker ended without an answer; its error is above")
-
-
-def serve(measured: dict[str, Callable[[], Any]], threads: int) -> None:
-    """Warm up, say so, then measure a round for each line that comes in."""
-    import torch
-
-    torch.set_num_threads(threads)
-    for function in measured.values():
-        for _ in range(5):
-            function()
-    print("{}", flush=True)
-    for _ in sys.stdin:
-        print(
-            json.dumps({what: [_timed(function) for _ in range(5)] for what, function in measured.items()}), flush=True
-        )
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _mace(data: Path) -> dict[str, Callable[[], Any]]:
