@@ -4,8 +4,8 @@
 
 Velocity Verlet through ASE, 3BPA (27 atoms), 20 steps a measurement. ``network alone``: energy and forces of a graph that is
 already there, 20 times; what a step costs beyond that is ASE, the adapter and the neighbour list. Networks of the default
-shape, 16 samples; MACE: 64 channels, L = 0, one model, and five in its own calculator. Medians over rounds in which the programs take
-turns; writes ``results/md_step.json`` and ``md_step.png``.
+shape, 16 samples; MACE: 64 channels, L = 0, one model, and five in its own calculator. Medians over rounds in which the
+programs take turns; writes ``results/md_step.json`` and ``md_step.png``.
 """
 
 from __future__ import annotations

@@ -47,6 +47,20 @@ def make_potential(
     return potential.eval()
 
 
+def posterior_potential(seed: int = 0, **settings: object) -> Potential:
+    """The same without dropout sites, with a refit and a posterior of what the energy is read from."""
+    potential = make_potential(rates=DropoutRates(), seed=seed, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    n = potential.n_readout
+    potential.refit = 0.05 * torch.randn(n, dtype=torch.float64, generator=generator)
+    potential.posterior = 0.02 * torch.randn(n, n, dtype=torch.float64, generator=generator)
+    return potential
+
+
+SAMPLED = {"masks": make_potential, "posterior": posterior_potential}
+"""Networks with something to sample: through automatic differentiation, and through the way back written out by hand."""
+
+
 def ethanol(seed: int = 0) -> Atoms:
     atoms = molecule("CH3CH2OH")
     atoms.rattle(0.05, seed=seed)
@@ -94,6 +108,11 @@ def structure(request: pytest.FixtureRequest) -> Atoms:
 @pytest.fixture(scope="session")
 def potential() -> Potential:
     return make_potential()
+
+
+@pytest.fixture(scope="session", params=list(SAMPLED))
+def sampled_potential(request: pytest.FixtureRequest) -> Potential:
+    return SAMPLED[request.param]()
 
 
 def emt_frames(n: int = 24, seed: int = 0, scale: float = 0.08) -> list[Frame]:

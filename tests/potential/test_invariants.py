@@ -12,14 +12,23 @@ from forcedrop.potential import DropoutRates, Potential, require_samples
 from forcedrop.potential.layers import CentredMask
 from forcedrop.sampling import draw_masks, predict
 from forcedrop.testing import assert_conservative, assert_equivariant, assert_smooth
-from tests.conftest import FEATURES_ONLY, RATES, batch_of, ethanol, make_potential, silicon
+from tests.conftest import (
+    FEATURES_ONLY,
+    RATES,
+    STRUCTURES,
+    batch_of,
+    ethanol,
+    make_potential,
+    posterior_potential,
+    silicon,
+)
 
 K = 4
 
 
 def samples_of(potential: Potential, atoms: Atoms, k: int = K) -> Derived:
     batch = batch_of([atoms], potential.config.cutoff)
-    return derive_samples(potential, batch, draw_masks(potential, batch, 0, k))
+    return predict(potential, batch, n_samples=k).samples
 
 
 def evaluator(potential: Potential):
@@ -33,11 +42,13 @@ def evaluator(potential: Potential):
 def test_equivariance_of_every_sample(structure: Atoms) -> None:
     """Edge bits belong to atom numbers, so a permutation is a symmetry of the feature sites only."""
     assert_equivariant(evaluator(make_potential(rates=FEATURES_ONLY)), structure)
+    assert_equivariant(evaluator(posterior_potential()), structure)
 
 
 @pytest.mark.parametrize("shape", [{"l_message": 1}, {"l_message": 3}, {"n_layers": 3}, {"l_max": 1}], ids=str)
 def test_equivariance_of_other_shapes(shape: dict[str, int]) -> None:
     assert_equivariant(evaluator(make_potential(rates=FEATURES_ONLY, **shape)), ethanol())
+    assert_equivariant(evaluator(posterior_potential(**shape)), ethanol())
 
 
 def test_rotation_with_edge_dropout(structure: Atoms) -> None:
@@ -52,15 +63,13 @@ def test_rotation_with_edge_dropout(structure: Atoms) -> None:
     np.testing.assert_allclose(new_forces, forces @ rotation, atol=1e-9)
 
 
-def test_forces_are_gradients_of_every_sample(structure: Atoms) -> None:
-    assert_conservative(evaluator(make_potential()), structure, tolerance=1e-7)
+def test_forces_are_gradients_of_every_sample(structure: Atoms, sampled_potential: Potential) -> None:
+    assert_conservative(evaluator(sampled_potential), structure, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("name", ["silicon", "copper"])
-def test_stress_against_strained_cells(name: str) -> None:
-    from tests.conftest import STRUCTURES
-
-    potential, atoms, step = make_potential(), STRUCTURES[name](), 1e-4
+def test_stress_against_strained_cells(name: str, sampled_potential: Potential) -> None:
+    potential, atoms, step = sampled_potential, STRUCTURES[name](), 1e-4
     stress = samples_of(potential, atoms).stress[:, 0].detach().numpy()
     for component, (a, b) in enumerate(zip(*VOIGT, strict=True)):
         energies = []
@@ -75,9 +84,16 @@ def test_stress_against_strained_cells(name: str) -> None:
         np.testing.assert_allclose(stress[:, component], slope, atol=1e-7)
 
 
-@pytest.mark.parametrize("rates", [FEATURES_ONLY, DropoutRates(edge=0, message=0, update=0, readout=0.5)])
-def test_supercell_has_eight_times_energy_and_sigma(rates: DropoutRates) -> None:
-    potential, cell = make_potential(rates=rates), silicon()
+NO_EDGES = {
+    "all features": make_potential(rates=FEATURES_ONLY),
+    "readout": make_potential(rates=DropoutRates(edge=0, message=0, update=0, readout=0.5)),
+    "posterior": posterior_potential(),
+}
+
+
+@pytest.mark.parametrize("potential", NO_EDGES.values(), ids=list(NO_EDGES))
+def test_supercell_has_eight_times_energy_and_sigma(potential: Potential) -> None:
+    cell = silicon()
     one, eight = (predict(potential, batch_of([a], 4.0), n_samples=K) for a in (cell, cell.repeat(2)))
     torch.testing.assert_close(eight.mean.energy, 8 * one.mean.energy, rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(eight.std.energy, 8 * one.std.energy, rtol=1e-8, atol=1e-9)
@@ -86,8 +102,9 @@ def test_supercell_has_eight_times_energy_and_sigma(rates: DropoutRates) -> None
     assert float(one.std.energy) > 1e-3
 
 
-def test_two_far_copies_have_twice_the_energy_and_sigma() -> None:
-    potential, one = make_potential(rates=FEATURES_ONLY), ethanol()
+@pytest.mark.parametrize("potential", NO_EDGES.values(), ids=list(NO_EDGES))
+def test_two_far_copies_have_twice_the_energy_and_sigma(potential: Potential) -> None:
+    one = ethanol()
     far = one.copy()
     far.translate([50, 0, 0])
     single, double = (predict(potential, batch_of([a], 4.0), n_samples=K) for a in (one, one + far))
@@ -96,12 +113,10 @@ def test_two_far_copies_have_twice_the_energy_and_sigma() -> None:
     torch.testing.assert_close(double.std.forces[: len(one)], single.std.forces, rtol=1e-9, atol=1e-10)
 
 
-def test_smooth_through_the_cutoff_for_every_sample() -> None:
-    potential = make_potential()
-
+def test_smooth_through_the_cutoff_for_every_sample(sampled_potential: Potential) -> None:
     def along(x: float) -> np.ndarray:
         atoms = Atoms("COH", positions=[[0, 0, 0], [1.2, 0, 0], [x, 0.3, 0]])
-        out = samples_of(potential, atoms)
+        out = samples_of(sampled_potential, atoms)
         return np.concatenate([out.energy.detach().numpy().ravel(), out.forces.detach().numpy().ravel()])
 
     assert_smooth(along, 3.8, 4.2)
@@ -109,10 +124,8 @@ def test_smooth_through_the_cutoff_for_every_sample() -> None:
     np.testing.assert_allclose(along(7.0), beyond, atol=1e-12)
 
 
-def test_batch_of_many_equals_one_by_one() -> None:
-    potential = make_potential()
-    from tests.conftest import STRUCTURES
-
+def test_batch_of_many_equals_one_by_one(sampled_potential: Potential) -> None:
+    potential = sampled_potential
     images = [make() for make in STRUCTURES.values()]
     together = predict(potential, batch_of(images, 4.0), n_samples=K)
     first = 0
@@ -125,8 +138,8 @@ def test_batch_of_many_equals_one_by_one() -> None:
         torch.testing.assert_close(together.std.stress[b], alone.std.stress[0], rtol=0, atol=1e-10)
 
 
-def test_same_seed_same_bits_whatever_came_before() -> None:
-    potential = make_potential()
+def test_same_seed_same_bits_whatever_came_before(sampled_potential: Potential) -> None:
+    potential = sampled_potential
     batch, other = batch_of([ethanol()], 4.0), batch_of([silicon()], 4.0)
     first = predict(potential, batch, n_samples=K, seed=3)
     torch.rand(3)
