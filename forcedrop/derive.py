@@ -1,7 +1,7 @@
 r"""The only place that differentiates: energies, forces and stress of one potential or of K at once.
 
-Functions that differ in what the energy is read from, and the plain network, go the way that is written out by hand in
-``potential/pullback.py``; masks within the network, and training, go through automatic differentiation.
+The plain network, and functions that differ only at the end of the network, go the way that is written out by hand in
+``potential/pullback.py``; masks further within, and training, go through automatic differentiation.
 
 The energy depends on the positions through the pair vectors alone, so one gradient g = ∂E/∂(pair vectors) gives everything:
 the force on atom i is the sum of g over the pairs that leave i minus the sum over those that reach it, the stress is
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from forcedrop.graph import pair_vectors
-from forcedrop.potential import READOUT_SHIFT, GraphInputs, Masks, Potential
+from forcedrop.potential import GraphInputs, Masks, Potential
 from forcedrop.potential.neighbours import sum_incoming
-from forcedrop.potential.pullback import readout_gradients
+from forcedrop.potential.pullback import late_gradients, late_sites
 
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 
@@ -51,10 +51,10 @@ def derive(potential: Potential, batch: Batch, masks: Masks | None = None, *, cr
     """
     graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
     masks = masks or {}
-    if create_graph or not _readouts_alone(masks, 1):
+    if create_graph or not _late(potential, masks, 1):
         return derive_pairs(potential, graph, vec, batch.volume, masks, create_graph=create_graph)
-    shifts = masks[READOUT_SHIFT][None] if masks else vec.new_zeros(1, potential.n_readout)
-    return Derived(*(x[0] for x in _derive_readouts(potential, graph, vec, batch.volume, shifts)))
+    one = _derive_late(potential, graph, vec, batch.volume, {name: mask[None] for name, mask in masks.items()})
+    return Derived(*(x[0] for x in one))
 
 
 def derive_pairs(
@@ -85,19 +85,18 @@ def derive_samples(potential: Potential, batch: Batch, masks: Masks) -> Derived:
         masks: one per site, sample axis first: (K, C), (K, N, C) or for edges (K, N, M).
     """
     graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    if not _readouts_alone(masks, 2):
+    if not _late(potential, masks, 2):
         return derive_pairs_samples(potential, graph, vec, batch.volume, masks)
-    return _derive_readouts(potential, graph, vec, batch.volume, masks[READOUT_SHIFT])
+    return _derive_late(potential, graph, vec, batch.volume, masks)
 
 
-def _readouts_alone(masks: Masks, n_axes: int) -> bool:
-    """Say whether nothing within the network is masked, and what is added to the readouts is the same for every atom."""
-    return all(name == READOUT_SHIFT and mask.dim() == n_axes for name, mask in masks.items())
+def _late(potential: Potential, masks: Masks, n_axes: int) -> bool:
+    """Say whether nothing but the end of the network is masked, and that for every atom alike."""
+    return set(masks) <= late_sites(potential) and all(mask.dim() == n_axes for mask in masks.values())
 
 
-def _derive_readouts(potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, shifts: Tensor) -> Derived:
-    """Return the results of K functions that differ in their readouts by ``shifts`` (K, F)."""
-    local, gradient = readout_gradients(potential, vec, graph, shifts)
+def _derive_late(potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, masks: Masks) -> Derived:
+    local, gradient = late_gradients(potential, vec, graph, masks)
     parts = [_assemble(potential, graph, vec, volume, e, g) for e, g in zip(local, gradient, strict=True)]
     return Derived(*(torch.stack(x) for x in zip(*parts, strict=True)))
 

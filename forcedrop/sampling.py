@@ -15,6 +15,7 @@ from forcedrop.derive import Derived, derive, derive_samples
 from forcedrop.dropout import edge_mask, feature_mask, normal_noise
 from forcedrop.graph import AtomicGraph, batch_graphs, group_by_atoms
 from forcedrop.potential import READOUT_SHIFT, Potential, require_samples
+from forcedrop.potential.pullback import late_sites
 
 MAX_MEMORY = 2.0
 """What the samples may take by default [GiB]."""
@@ -106,7 +107,7 @@ def samples_at_once(potential: Potential, batch: Batch, max_memory: float = MAX_
     """Return how many samples of a batch can be computed at once in ``max_memory`` [GiB], at least 1.
 
     What a sample keeps on the way back through the layers: per atom and channel so many numbers for each of its M neighbours, and
-    for its own tensors. With masks within the network, automatic differentiation keeps the way there as well.
+    for its own tensors. With masks further within the network, automatic differentiation keeps the way there as well.
 
     Raises:
         ValueError: if the memory is not positive.
@@ -115,7 +116,7 @@ def samples_at_once(potential: Potential, batch: Batch, max_memory: float = MAX_
         raise ValueError(f"`max_memory` must be positive [GiB], got {max_memory}")
     config = potential.config
     tensors, degrees = (config.l_features + 1) ** 2, config.l_features + 1
-    if potential.sites:
+    if {site.name for site in potential.sites} - late_sites(potential):
         slots = degrees * (config.l_max + 1) + 4 * tensors
         per_atom = config.n_layers * (batch.nbr.shape[1] * slots + 12 * 50)
     else:

@@ -108,6 +108,10 @@ READOUT_SHIFT = "readout.shift"
 """Name, among the masks, of what a sample adds to the weights that the energy is read from, shape (F,) or (N, F)."""
 
 
+HIDDEN = "readout.hidden"
+"""Name of the mask of the last readout's hidden channels."""
+
+
 class Site(NamedTuple):
     """A place where a mask multiplies: its name, its rate, and its channels (0 for a mask over edges)."""
 
@@ -235,7 +239,7 @@ class Potential(nn.Module):
                 every = c * (self.config.l_features + 1)
                 found.append(Site(f"layers.{t}.message", rates.message, every))
                 found.append(Site(f"layers.{t}.update", rates.update, c if t == self.config.n_layers - 1 else every))
-        found.append(Site("readout.hidden", rates.readout, self.config.n_hidden))
+        found.append(Site(HIDDEN, rates.readout, self.config.n_hidden))
         return tuple(site for site in found if site.rate > 0)
 
     def inputs(self, batch: Batch) -> GraphInputs:
@@ -308,7 +312,7 @@ class Potential(nn.Module):
             energy = energy + self.readouts[t](x[0])
             features.append(products)
         hidden = nn.functional.silu(self.hidden(x[0]) + self.hidden_bias)
-        hidden = self.mask(hidden, one_hot, masks.get("readout.hidden"))
+        hidden = self.mask(hidden, one_hot, masks.get(HIDDEN))
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0]
         return one_hot, energy, torch.cat([*features, hidden], dim=-1)
 

@@ -1,9 +1,10 @@
-r"""Energies and gradients of many readouts of one network at once: what a posterior or a shallow ensemble needs.
+r"""Energies and gradients of many samples at once, where they differ only at the end of the network.
 
-Samples that differ only in the weights that the energy is read from (``READOUT_SHIFT``) share the forward pass, the geometry and
-its derivatives. What is left of each is the way back, from its weights through products, fields and messages to the pair
-vectors. It is linear in the weights, and is written out here for all samples at once, so that every step is a large matrix
-product or one pass over memory; automatic differentiation repeats small steps for each sample.
+Samples of a posterior or a shallow ensemble differ in the weights that the energy is read from (``READOUT_SHIFT``); masks of the
+last layer's update and of the hidden channels come late too. Such samples share the forward pass but for its end, the geometry
+and its derivatives. What is left of each is the way back through products, fields and messages to the pair vectors. It is
+linear, and is written out here for all samples at once, so that every step is a large matrix product or one pass over memory;
+automatic differentiation repeats small steps for each sample.
 
 The network itself is in ``network.py`` and ``layers.py``; tests hold the two against each other. Layouts: (S, N, K, C),
 components first, where maps between channels are undone; (N, S, K, C) where messages are, a block of atoms at a time.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from forcedrop.potential.layers import Message, PairGeometry, TensorLinear, Update, by_degree
-from forcedrop.potential.network import GraphInputs, Potential
+from forcedrop.potential.network import HIDDEN, READOUT_SHIFT, GraphInputs, Masks, Potential
 from forcedrop.potential.sphere import harmonics_and_gradients
 
 BLOCK_BYTES = 8 * 2**20
@@ -56,31 +57,85 @@ class _Tape(NamedTuple):
     sent: Tensor | None
 
 
+def late_sites(potential: Potential) -> set[str]:
+    """Return the names of what may differ between samples here: masks (K, channels) and what is added to the readouts, (K, F)."""
+    return {READOUT_SHIFT, HIDDEN, _last_update(potential)}
+
+
+def _last_update(potential: Potential) -> str:
+    return f"layers.{potential.config.n_layers - 1}.update"
+
+
 @torch.no_grad()
-def readout_gradients(potential: Potential, vec: Tensor, graph: GraphInputs, shifts: Tensor) -> tuple[Tensor, Tensor]:
+def late_gradients(potential: Potential, vec: Tensor, graph: GraphInputs, masks: Masks) -> tuple[Tensor, Tensor]:
     """Return K functions' energies of the atoms [eV], (K, N), and the gradients of their sums [eV/Å], (K, N, M, 3).
 
     Args:
-        potential: the network, taken without masks.
+        potential: the network.
         vec: pair vectors [Å], shape (N, M, 3).
         graph: the rest of the batch.
-        shifts: what each function adds to the weights that the energy is read from, shape (K, F).
+        masks: of :func:`late_sites`, sample axis first; empty for the plain network, K = 1.
     """
     one_hot = torch.nn.functional.one_hot(graph.species, len(potential.config.elements)).to(vec.dtype)
-    if potential.refit is not None:
-        shifts = shifts + potential.refit
-    weights = shifts.unflatten(-1, (one_hot.shape[1], -1)).transpose(0, 1)[graph.species]  # (N, K, D)
     geometry = _geometry(potential, vec)
-    energy, features, before, tapes = _forward(potential, geometry, graph, one_hot)
-    energies = energy + (weights @ torch.cat(features, dim=-1)[..., None])[..., 0].T
-    gradient = _backward(
-        potential, geometry, graph, one_hot, weights.split([f.shape[-1] for f in features], -1), before, tapes
-    )
+    energy, features, stem, branch, tapes = _forward(potential, geometry, graph, one_hot)
+    end = _End(potential, one_hot, masks)
+    weights = _weights(potential, graph, masks, vec)
+    energies, back = end(stem, branch, weights[-1])
+    for values, own in zip(features, weights, strict=False):
+        energies = energies + (own @ values[..., None])[..., 0]
+    energies = (energies + (energy + one_hot @ potential.species_bias)).T
+    gradient = _backward(potential, geometry, graph, one_hot, weights, back, end.update, tapes)
     energies, gradient = energies * potential.energy_scale, gradient * potential.energy_scale
     if potential.zbl is None:
         return energies, gradient
-    own, by_vec = _repulsion(potential, vec, graph)
-    return energies + own, gradient + by_vec
+    own_energy, by_vec = _repulsion(potential, vec, graph)
+    return energies + own_energy, gradient + by_vec
+
+
+def _weights(potential: Potential, graph: GraphInputs, masks: Masks, like: Tensor) -> list[Tensor]:
+    """Return what is added to the weights that the energy is read with, (N, K, …) for each layer and the hidden channels."""
+    config = potential.config
+    shifts = masks.get(READOUT_SHIFT)
+    if shifts is None:
+        k = len(next(iter(masks.values()))) if masks else 1
+        shifts = like.new_zeros(k, potential.n_readout)
+    if potential.refit is not None:
+        shifts = shifts + potential.refit
+    by_atom = shifts.unflatten(-1, (len(config.elements), -1)).transpose(0, 1)[graph.species]
+    return list(by_atom.split([3 * config.n_channels] * config.n_layers + [config.n_hidden], -1))
+
+
+class _End:
+    """The end of the network, where samples part: the last layer's sum and the hidden channels, with their masks."""
+
+    def __init__(self, potential: Potential, one_hot: Tensor, masks: Masks) -> None:
+        self.potential, self.one_hot = potential, one_hot
+        self.update, self.hidden = masks.get(_last_update(potential)), masks.get(HIDDEN)
+
+    def __call__(self, stem: Tensor, branch: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the energies (N, K) and the gradient by the last scalars, (N, K, C).
+
+        Args:
+            stem: what the last layer's branch is added to, (N, C).
+            branch: its scalars, (N, C).
+            weights: what is added to those of the hidden channels, (N, K, H).
+        """
+        net: Any = self.potential
+        layer = net.layers[-1]
+        added = branch[:, None]
+        if self.update is not None:
+            added = added + (self.update - 1) * (branch - self.one_hot @ layer.mask.centre)[:, None]
+        x = stem[:, None] + added
+        before = net.hidden(x) + net.hidden_bias
+        gate = torch.sigmoid(before)
+        hidden, slope = before * gate, gate * (1 + before * (1 - gate))
+        if self.hidden is not None:
+            hidden = hidden + (self.hidden - 1) * (hidden - (self.one_hot @ net.mask.centre)[:, None])
+            slope = slope * self.hidden
+        weights = weights + net.output.weight[:, 0]
+        readout = net.readouts[-1].weight[:, 0]
+        return (hidden * weights).sum(-1) + x @ readout, (weights * slope) @ net.hidden.weight.T + readout
 
 
 def _repulsion(potential: Potential, vec: Tensor, graph: GraphInputs) -> tuple[Tensor, Tensor]:
@@ -103,32 +158,36 @@ def _geometry(potential: Potential, vec: Tensor) -> _Geometry:
 
 def _forward(
     potential: Potential, geometry: _Geometry, graph: GraphInputs, one_hot: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor, list[_Tape]]:
-    """Return the energies (N,), what they may be read from, the hidden channels before their gate, and the tapes."""
-    x = energy = geometry.unit.new_zeros(())
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[_Tape]]:
+    """Go to the end of the network, where samples part.
+
+    Returns:
+        the energies read from all but the last layer, (N, 1); what may be read besides, (N, 3C) a layer; the last layer's
+        scalars before its branch is added, (N, C); this branch, (N, C); and the tapes.
+    """
+    x, energy = geometry.unit.new_zeros(()), geometry.unit.new_zeros(len(one_hot), 1)
+    stem, branch = x, x
     features, tapes = [], []
     layers: Any = potential.layers
     for t, layer in enumerate(layers):
         sent = None
         if t == 0:
             fields = layer.fields(by_degree(layer.norm(_by_element(geometry, graph, one_hot))))
+            stem = geometry.unit.new_zeros(())
         else:
+            energy = energy + potential.readouts[t - 1](x[0])
             sent = layer.message.send(by_degree(x)).transpose(0, 1).contiguous()
             parts, own = by_degree(_carry(layer.message, sent, geometry, graph)), by_degree(x)
             fields = layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[len(own) :])
+            stem = layer.skip(x[0])
         products: Any = layer.update.products
         grid = (products.to_grid @ fields.flatten(1)).unflatten(1, fields.shape[1:]).unflatten(2, (3, -1))
         branch, every = _multiply(layer.update, fields.unflatten(2, (3, -1)), grid, one_hot)
-        if t > 0:
-            branch = torch.cat([branch[:1] + layer.skip(x[:1]), branch[1:] + x[1 : len(branch)]])
-        x = branch
-        energy = energy + potential.readouts[t](x[0])
+        tensors = branch[1:] if t == 0 else branch[1:] + x[1 : len(branch)]
+        x = torch.cat([(stem + branch[0])[None], tensors])
         features.append(every)
         tapes.append(_Tape(fields.unflatten(2, (3, -1)), grid, sent))
-    before = potential.hidden(x[0]) + potential.hidden_bias
-    hidden = torch.nn.functional.silu(before)
-    energy = (energy + potential.output(hidden) + one_hot @ potential.species_bias)[:, 0]
-    return energy, [*features, hidden], before, tapes
+    return energy, features, stem.expand_as(branch[0]), branch[0], tapes
 
 
 def _backward(
@@ -136,23 +195,25 @@ def _backward(
     geometry: _Geometry,
     graph: GraphInputs,
     one_hot: Tensor,
-    weights: tuple[Tensor, ...],
-    before: Tensor,
+    weights: list[Tensor],
+    back: Tensor,
+    mask: Tensor | None,
     tapes: list[_Tape],
 ) -> Tensor:
-    """Return the gradient by the pair vectors, shape (K, N, M, 3), from each sample's weights of every feature, (N, K, …)."""
-    *by_products, by_hidden = weights
-    gate = torch.sigmoid(before)
-    slope = gate * (1 + before * (1 - gate))
-    output: Any = potential.output.weight
-    hidden: Any = potential.hidden.weight
-    back = ((by_hidden + output[:, 0]) * slope[:, None] @ hidden.T)[None]
+    """Return the gradient by the pair vectors, shape (K, N, M, 3).
+
+    ``weights`` (N, K, …) are those of each layer's products, ``back`` (N, K, C) is the gradient by the last scalars, ``mask``
+    (K, C) that of the last branch.
+    """
     layers: Any = potential.layers
     readouts: Any = potential.readouts
+    back = back[None]
     gradient = back.new_zeros(back.shape[2], *geometry.unit.shape)
     for t in reversed(range(len(tapes))):
-        back[0] += readouts[t].weight[:, 0]
-        back = _LayerBack(layers[t], tapes[t], geometry, graph, one_hot)(back, by_products[t], gradient)
+        if t < len(tapes) - 1:
+            back[0] += readouts[t].weight[:, 0]
+            mask = None
+        back = _LayerBack(layers[t], tapes[t], geometry, graph, one_hot)(back, weights[t], gradient, mask)
     return gradient
 
 
@@ -254,18 +315,20 @@ class _LayerBack:
     def __init__(self, layer: Any, tape: _Tape, geometry: _Geometry, graph: GraphInputs, one_hot: Tensor) -> None:
         self.layer, self.tape, self.geometry, self.graph, self.one_hot = layer, tape, geometry, graph, one_hot
 
-    def __call__(self, back: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
+    def __call__(self, back: Tensor, weights: Tensor, gradient: Tensor, mask: Tensor | None) -> Tensor:
         """Return the gradient by what came into the layer, ((L+1)², N, K, C); add that by the pair vectors to ``gradient``.
 
         Args:
             back: gradient by what the layer returned, (S_out, N, K, C).
             weights: of its products, (N, K, 3C).
             gradient: (K, N, M, 3), in place.
+            mask: of what the layer added, (K, C).
         """
         blocks = self._blocks(back)
+        branch = back if mask is None else back * mask
         if self.tape.sent is None:
             for b in blocks:
-                gradient[:, b] += self._undo_elements(self._inputs(back[:, b], weights[b], b), b)
+                gradient[:, b] += self._undo_elements(self._inputs(branch[:, b], weights[b], b), b)
             return back[:0]
         message, c = self.layer.message, back.shape[-1]
         n, k = back.shape[1:3]
@@ -274,7 +337,7 @@ class _LayerBack:
         along = back.new_empty(n, m, degrees, k * c)
         tensors = back.new_empty(n, (s_in - 1) * k * c)
         for b in blocks:
-            inputs = self._inputs(back[:, b], weights[b], b)
+            inputs = self._inputs(branch[:, b], weights[b], b)
             torch.cat([part[..., c:] for part in inputs[:degrees]], out=own[:, b])
             by_sums = _atoms_first([part[..., :c] for part in inputs], message.norm.rms)
             tensors[b] = by_sums[:, 1:s_in].flatten(1)

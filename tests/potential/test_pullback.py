@@ -6,9 +6,10 @@ import torch
 from forcedrop.graph import pair_vectors
 from forcedrop.potential import READOUT_SHIFT, DropoutRates
 from forcedrop.potential import pullback as pullback_module
-from forcedrop.potential.pullback import blocks_of, readout_gradients
+from forcedrop.potential.pullback import blocks_of, late_gradients, late_sites
 from forcedrop.potential.radial import BesselBasis
 from forcedrop.potential.sphere import harmonics_and_gradients, spherical_harmonics
+from forcedrop.sampling import draw_masks
 from tests.conftest import STRUCTURES, batch_of, make_potential
 
 SHAPES = [
@@ -20,35 +21,58 @@ SHAPES = [
 ]
 
 
-def everything(**shape: object):
-    """A network without sites, all structures in one batch, and readouts of three samples."""
-    potential = make_potential(rates=DropoutRates(), **shape)
+def everything(rates: DropoutRates = DropoutRates(), **shape: object):
+    """A network, all structures in one batch, and three samples that differ at its end."""
+    potential = make_potential(rates=rates, **shape)
     generator = torch.Generator().manual_seed(1)
     shifts = torch.randn(4, potential.n_readout, dtype=torch.float64, generator=generator)
     potential.refit = 0.3 * shifts[3]
     batch = batch_of([make() for make in STRUCTURES.values()], potential.config.cutoff)
-    return potential, pair_vectors(batch, 2 * potential.config.cutoff), potential.inputs(batch), shifts[:3]
+    vec = pair_vectors(batch, 2 * potential.config.cutoff)
+    potential.measure_centres(potential.inputs(batch), vec)
+    masks = draw_masks(potential, batch, 0, 3) | {READOUT_SHIFT: shifts[:3]}
+    return potential, vec, potential.inputs(batch), masks
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_energies_and_gradients_are_those_of_automatic_differentiation(shape) -> None:
-    potential, vec, graph, shifts = everything(**shape)
-    energies, gradient = readout_gradients(potential, vec, graph, shifts)
-    for k, shift in enumerate(shifts):
+def check(potential, vec, graph, masks) -> None:
+    energies, gradient = late_gradients(potential, vec, graph, masks)
+    for k in range(3):
         leaf = vec.clone().requires_grad_(True)
-        expected = potential(leaf, graph, {READOUT_SHIFT: shift})
+        expected = potential(leaf, graph, {name: mask[k] for name, mask in masks.items()})
         (slope,) = torch.autograd.grad(expected.sum(), leaf)
         torch.testing.assert_close(energies[k], expected, rtol=1e-12, atol=1e-11)
         torch.testing.assert_close(gradient[k], slope, rtol=1e-11, atol=1e-10)
         assert float(slope.abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_energies_and_gradients_are_those_of_automatic_differentiation(shape) -> None:
+    check(*everything(**shape))
+
+
+@pytest.mark.parametrize("rates", [{"readout": 0.5}, {"update": 0.3}, {"update": 0.2, "readout": 0.4}], ids=str)
+@pytest.mark.parametrize("shifted", [True, False])
+def test_late_masks(rates, shifted) -> None:
+    potential, vec, graph, masks = everything(DropoutRates(**rates))
+    if not shifted:
+        del masks[READOUT_SHIFT]
+    assert len(masks) == len(rates) + shifted
+    assert set(masks) <= late_sites(potential)
+    check(potential, vec, graph, masks)
+
+
+def test_early_masks_are_not_late() -> None:
+    potential = make_potential(rates=DropoutRates(message=0.1, update=0.1, edge=0.1, readout=0.1), n_layers=3)
+    late = {site.name for site in potential.sites} & late_sites(potential)
+    assert late == {"layers.2.update", "readout.hidden"}
+
+
 def test_blocks_of_atoms_change_nothing(monkeypatch) -> None:
-    potential, vec, graph, shifts = everything()
-    whole = readout_gradients(potential, vec, graph, shifts)
+    potential, vec, graph, masks = everything()
+    whole = late_gradients(potential, vec, graph, masks)
     monkeypatch.setattr(pullback_module, "BLOCK_BYTES", 1)
     assert len(blocks_of(len(vec), 8, vec.device)) == len(vec)
-    for a, b in zip(whole, readout_gradients(potential, vec, graph, shifts), strict=True):
+    for a, b in zip(whole, late_gradients(potential, vec, graph, masks), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
