@@ -129,6 +129,19 @@ class FrameStore:
         file["committed"][0] = start + len(frames)
         file.flush()
 
+    def truncate(self, n: int) -> None:
+        """Forget all frames but the first ``n``.
+
+        Raises:
+            ValueError: if the store was opened to read, or holds fewer.
+        """
+        if self.mode == "r":
+            raise ValueError(f"{self.path} was opened to read; open it with mode='a' to truncate")
+        if not 0 <= n <= len(self):
+            raise ValueError(f"{self.path} holds {len(self)} frames, {n} are to be kept")
+        self.file["committed"][0] = n
+        self.file.flush()
+
     def _add_columns(self, new: dict[str, tuple[tuple[int, ...], str]]) -> None:
         frames = self[:]
         have = {name: (d.shape[1:], d.dtype.str) for name, d in self.file["extra"].items()}
