@@ -24,11 +24,13 @@ class Band:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Check the order.
+        """Make the thresholds plain numbers and check their order.
 
         Raises:
             ValueError: unless 0 ≤ low ≤ high, or for an unknown criterion.
         """
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
         if not 0 <= self.low <= self.high:
             raise ValueError(f"a band needs 0 ≤ low ≤ high, got {self.low} and {self.high}")
         if self.criterion not in CRITERIA:
