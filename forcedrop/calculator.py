@@ -56,6 +56,9 @@ class DropoutCalculator(Calculator):
         skin: of the neighbour list [Å].
         max_memory: of the samples [GiB]; those that do not fit at once are computed one group after another.
 
+    Attributes:
+        prediction: the raw samples of the last evaluation; None where it computed none.
+
     Raises:
         ValueError: if the model cannot be read, has nothing to sample, or K < 2.
     """
@@ -103,6 +106,12 @@ class DropoutCalculator(Calculator):
         self.max_memory = max_memory
         self._finder = NeighbourFinder(self.potential.config.cutoff, skin)
         self._evaluations = 0
+        self.prediction: Prediction | None = None
+
+    @property
+    def sigma_kind(self) -> str:
+        """What σ is called in ``results``: ``uncertainty`` for a calibrated model, else ``std``, the raw spread."""
+        return "std" if self.model.calibration is None else "uncertainty"
 
     def calculate(
         self,
@@ -132,6 +141,7 @@ class DropoutCalculator(Calculator):
                 self.potential, batch, n_samples=self.n_samples, seed=self.seed, max_memory=self.max_memory
             )
             results.update(self._spread(prediction, frame.z))
+        self.prediction = prediction
         best = prediction.mean if prediction and self.uncertainty_every == 1 else self._sample(batch)
         results.update(_single(best, ""))
         results["free_energy"] = results["energy"]
@@ -181,6 +191,13 @@ class DropoutCalculator(Calculator):
                 )
             if name.endswith("_ensemble") and not self.keep_samples:
                 raise PropertyNotImplementedError(f"{name} needs DropoutCalculator(..., keep_samples=True)")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides its numbers beside the model, in plain values."""
+        return {
+            "n_samples": self.n_samples, "mask_seed": self.seed, "uncertainty_every": self.uncertainty_every,
+            "precision": str(self.potential.hidden_bias.dtype).removeprefix("torch."),
+        }  # fmt: skip
 
     def copy(self) -> DropoutCalculator:
         """Return an independent calculator of the same function; the network itself is shared."""

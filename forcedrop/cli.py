@@ -29,6 +29,13 @@ class Ensemble(StrEnum):
     npt = "npt"
 
 
+class OnHigh(StrEnum):
+    """What a guarded run does where σ is too large."""
+
+    stop = "stop"
+    rollback = "rollback"
+
+
 class Criterion(StrEnum):
     """What frames are ranked by."""
 
@@ -205,9 +212,30 @@ def md(
             help="1: the mean of the samples moves the atoms; n: sample 0 does, and σ costs every n-th step", min=1
         ),
     ] = 1,
-    threshold: Annotated[float | None, typer.Option(help="flag above this largest atomic force σ [eV/Å]")] = None,
-    quantile: Annotated[float | None, typer.Option(help="instead: this quantile of the calibration frames")] = None,
-    stop_above: Annotated[float | None, typer.Option(help="end the run at this largest atomic force σ [eV/Å]")] = None,
+    low: Annotated[float | None, typer.Option(help="flag above this largest atomic force σ [eV/Å]")] = None,
+    high: Annotated[float | None, typer.Option(help="stop or go back above this largest atomic force σ [eV/Å]")] = None,
+    quantile: Annotated[
+        float | None, typer.Option(help="instead of --low: this quantile of the calibration frames [0.95]")
+    ] = None,
+    false_flags: Annotated[
+        float | None, typer.Option(help="instead of --low: from how many false flags per ps you accept")
+    ] = None,
+    false_stops: Annotated[
+        float | None, typer.Option(help="instead of --high: from how many false stops per ps you accept")
+    ] = None,
+    correlation_time: Annotated[
+        float, typer.Option(help="of σ [fs], for false alarms; 0 takes the steps for independent", min=0)
+    ] = 0.0,
+    on_high: Annotated[
+        OnHigh, typer.Option(help="above the band, or where atoms overlap or the temperature runs away")
+    ] = OnHigh.stop,
+    spacing: Annotated[float, typer.Option(help="time between flagged frames that are kept [fs]")] = 50.0,
+    check_every: Annotated[
+        int | None, typer.Option(help="steps between looks of the guard; by default --record-every", min=1)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where a killed run stopped, or make it longer")
+    ] = False,
     keep_velocities: Annotated[bool, typer.Option("--keep-velocities", help="use those in the file")] = False,
     samples: Samples = None,
     seed: Annotated[int, typer.Option(help="of velocities and thermostat")] = 0,
@@ -215,11 +243,10 @@ def md(
     device: Device = "auto",
 ) -> None:
     """Run molecular dynamics with error bars and flag the moments that the model does not know."""
-    from forcedrop.active import resolve_threshold
     from forcedrop.calculator import DropoutCalculator
     from forcedrop.evaluation import device_of
     from forcedrop.md import NPT, NVE, NVT, run_md
-    from forcedrop.report import md_figure, save_figure
+    from forcedrop.report import run_figure, save_figure
 
     loaded = _load(model, device)
     frames = _read([structure], loaded, (None, None, None), "eV", "Angstrom", skip_bad=False)
@@ -227,17 +254,17 @@ def md(
         raise ValueError(f"{structure} holds {len(frames)} frames, asked for frame {index}")
     start = frames[index].to_atoms()
     atoms = start.repeat(repeat) if repeat != (1, 1, 1) else start
-    limit = None
-    if threshold is not None or loaded.calibration is not None:
-        limit = resolve_threshold(loaded.calibration, "max_force", threshold, quantile)
+    guard = _guard(
+        loaded.calibration, (low, high), quantile, (false_flags, false_stops),
+        ((check_every or record_every) * timestep, correlation_time), on_high, spacing, check_every,
+    )  # fmt: skip
     kind: Any = {Ensemble.nve: NVE(), Ensemble.nvt: NVT(friction), Ensemble.npt: NPT(pressure)}[ensemble]
     calculator = DropoutCalculator(loaded, samples, mask_seed, device_of(device), uncertainty_every=uncertainty_every)
     run = run_md(
         atoms, calculator, output, ensemble=kind, temperature=temperature, steps=steps, timestep=timestep,
-        record_every=record_every, seed=seed, threshold=limit, stop_above=stop_above,
-        velocities=not keep_velocities,
+        record_every=record_every, seed=seed, guard=guard, velocities=not keep_velocities, resume=resume,
     )  # fmt: skip
-    save_figure(md_figure(run.rows, run.flagged, limit), output / "md.png")
+    save_figure(run_figure(run), output / "md.png")
     typer.echo(run.summary())
 
 
@@ -302,6 +329,40 @@ def info(
     frames, problems = read_checked([path], skip_bad=skip_bad)
     _list_problems(problems)
     typer.echo(describe_frames(frames))
+
+
+def _guard(
+    calibration: Any,
+    band: tuple[float | None, float | None],
+    quantile: float | None,
+    rates: tuple[float | None, float | None],
+    times: tuple[float, float],
+    on_high: OnHigh,
+    spacing: float,
+    check_every: int | None,
+) -> Any:
+    """Return the guard that was meant; None for a model without a calibration where nothing is asked for."""
+    from forcedrop.active import resolve_threshold
+    from forcedrop.md import Band, GuardSettings, RollBack, Stop, band_from_calibration
+
+    (low, high), (flags, stops) = band, rates
+    if (flags is None) != (stops is None):
+        raise ValueError("give --false-flags and --false-stops together")
+    if flags is not None and stops is not None:
+        if (low, high, quantile) != (None, None, None):
+            raise ValueError("give false alarms, or --low, --high and --quantile, not both")
+        found = band_from_calibration(
+            calibration, flags_per_ps=flags, stops_per_ps=stops, interval=times[0], correlation_time=times[1]
+        )
+    elif low is None and calibration is None and quantile is None:
+        if high is None:
+            return None
+        found = Band(high, high)
+    else:
+        level = resolve_threshold(calibration, "max_force", low, quantile)
+        found = Band(level, float("inf") if high is None else high)
+    answer = RollBack() if on_high is OnHigh.rollback else Stop()
+    return GuardSettings(found, answer, spacing, check_every)
 
 
 def _short_names(models: dict[str, Any]) -> dict[str, Any]:

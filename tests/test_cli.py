@@ -95,6 +95,21 @@ def test_md_and_flag(folder, tmp_path) -> None:
     assert (tmp_path / "f.png").stat().st_size > 5000
 
 
+def test_guarded_md_and_resume(folder, tmp_path) -> None:
+    model = folder / "run" / "model.pt"
+    common = ["md", model, folder / "test.h5", "--timestep", 2, "--samples", 3, "--output", tmp_path, "--steps"]
+    band = ["--low", 0.001, "--high", 50, "--on-high", "rollback", "--spacing", 4]
+    out = run(*common, 20, *band)
+    assert "are in flagged.h5" in out
+    assert "`guard.band.low` was 0.001, now it is 0.002" in run(*common, 20, "--resume", "--low", 0.002, code=1)
+    out = run(*common, 30, *band, "--resume")
+    assert "4 of 4 recorded steps are flagged" in out
+    assert "not both" in run(*common, 5, "--low", 1, "--false-flags", 1, "--false-stops", 0.1, code=1)
+    assert "give --false-flags and --false-stops together" in run(*common, 5, "--false-flags", 1, code=1)
+    out = run(*common, 5, "--false-flags", 1, "--false-stops", 0.1, code=1)
+    assert "a level from false alarms needs at least 10 calibration frames, got 4" in out
+
+
 def test_info(folder) -> None:
     out = run("info", folder / "run" / "model.pt")
     assert "elements: Cu" in out

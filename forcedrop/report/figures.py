@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from forcedrop.evaluation import Evaluation
+from forcedrop.md import Kind, MDRun
 from forcedrop.metrics import calibration_curve, roc_curve
 from forcedrop.report.labels import LABEL
 
-_BLUE, _RED, _GREY = "#2c6fbb", "#c0392b", "#888888"
+_BLUE, _RED, _GREY, _ORANGE = "#2c6fbb", "#c0392b", "#888888", "#e67e22"
 _MOST_POINTS = 4000
 
 
@@ -149,45 +150,111 @@ def training_figure(log: str | Path) -> Figure:
     return figure
 
 
+def run_figure(run: MDRun) -> Figure:
+    """Return :func:`md_figure` of a run of ``forcedrop.md``, with what its guard saw and did."""
+    step = run.timestep
+    kept = [event.step * step for event in run.events if event.kind is Kind.FLAGGED]
+    back = [event.step * step for event in run.events if event.back_to is not None]
+    high = None if run.band is None or not np.isfinite(run.band.high) else run.band.high
+    ours = run.band is not None and run.band.criterion != "energy_per_atom"  # else in another unit
+    return md_figure(
+        run.rows, run.flagged, run.threshold if ours else None, high if ours else None, kept, back, run.stopped
+    )
+
+
 def md_figure(
-    rows: Sequence[dict[str, float]], flagged: Sequence[float] = (), threshold: float | None = None
+    rows: Sequence[dict[str, float]],
+    flagged: Sequence[float] = (),
+    threshold: float | None = None,
+    high: float | None = None,
+    kept: Sequence[float] = (),
+    back: Sequence[float] = (),
+    stopped: float | None = None,
 ) -> Figure:
-    """Return energy, temperature and σ along a run; ``rows`` as ``forcedrop.md`` writes them, ``flagged`` times [fs]."""
+    """Return energy, temperature and σ along a run.
+
+    Args:
+        rows: as ``forcedrop.md`` writes them.
+        flagged: times above the threshold [fs].
+        threshold: lower end of the band [eV/Å].
+        high: upper end [eV/Å].
+        kept: times of the flagged frames that were kept [fs].
+        back: times at which the run went back [fs].
+        stopped: time at which it was stopped [fs].
+    """
     time = np.array([row["time_fs"] for row in rows]) / 1000
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     panels = 4 if "pressure_GPa" in column else 3
-    figure = Figure(figsize=(8.4, 2.1 * panels), layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=True)
+    figure = Figure(figsize=(8.4, 2.1 * panels + 0.6), layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=True, height_ratios=[1, 0.8, 1.3, 1][:panels])
     potential = column["potential_eV"] - column["potential_eV"][0]
     band = column["energy_sigma_eV"]
-    axes[0].fill_between(time, potential - band, potential + band, color="#9cc0e7", label="potential ±1σ")
+    axes[0].fill_between(
+        time,
+        potential - band,
+        potential + band,
+        color="#9cc0e7",
+        lw=0,
+        label=f"potential ±1σ (at most {band.max():.2g} eV)",
+    )
     axes[0].plot(time, potential, color=_BLUE, lw=1)
     axes[0].plot(time, column["total_eV"] - column["total_eV"][0], color="black", lw=1, label="total")
     axes[0].set_ylabel("energy − start [eV]")
-    axes[0].legend(fontsize=8, ncols=2)
     axes[1].plot(time, column["temperature_K"], color=_RED, lw=1)
     axes[1].set_ylabel("temperature [K]")
-    axes[2].plot(time, column["max_force_sigma_eV_A"], color=_BLUE, lw=1, label="largest atomic force σ")
-    axes[2].plot(time, column["mean_force_sigma_eV_A"], color=_GREY, lw=1, label="mean atomic force σ")
-    if threshold is not None:
-        axes[2].axhline(threshold, color=_RED, lw=0.8, ls="--", label="threshold")
-    if flagged:  # ticks at the top, which do not hide the curves when there are many
-        place = axes[2].get_xaxis_transform()
-        moments = np.array(flagged) / 1000
-        axes[2].plot(
-            moments, np.full(len(moments), 0.97), "|", color=_RED, ms=7, mew=0.6, transform=place, label="flagged"
-        )
-    axes[2].set_ylabel("force σ [eV/Å]")
-    axes[2].margins(y=0.4)
-    axes[2].set_ylim(bottom=0)
-    axes[2].legend(fontsize=8, ncols=4, loc="upper right", bbox_to_anchor=(1, 0.93))
+    _sigma_panel(axes[2], time, column, flagged, (threshold, high), kept)
     if panels == 4:
         pressure, band = column["pressure_GPa"], column["pressure_sigma_GPa"]
-        axes[3].fill_between(time, pressure - band, pressure + band, color="#9cc0e7")
+        axes[3].fill_between(time, pressure - band, pressure + band, color="#9cc0e7", lw=0)
         axes[3].plot(time, pressure, color=_BLUE, lw=1)
         axes[3].set_ylabel("pressure ±1σ [GPa]")
+    for axis in axes:
+        for moment in back:
+            axis.axvline(moment / 1000, color=_GREY, lw=0.8, ls=":", label="went back" if moment == back[0] else None)
+        if stopped is not None:
+            axis.axvline(stopped / 1000, color=_RED, lw=1.2, label="stopped")
+    for axis in (axes[0], axes[2]):
+        axis.legend(fontsize=7, ncols=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, borderpad=0.1)
     axes[-1].set_xlabel("time [ps]")
     return figure
+
+
+def _sigma_panel(
+    axes: Axes,
+    time: np.ndarray,
+    column: Mapping[str, np.ndarray],
+    flagged: Sequence[float],
+    band: tuple[float | None, float | None],
+    kept: Sequence[float],
+) -> None:
+    """Draw σ, the band, ticks above it where a step is flagged, and points where a frame was kept."""
+    largest = column["max_force_sigma_eV_A"]
+    axes.plot(time, largest, color=_BLUE, lw=1, label="largest atomic force σ")
+    axes.plot(time, column["mean_force_sigma_eV_A"], color=_GREY, lw=1, label="mean")
+    if largest.max() > 10 * np.median(largest) > 0:  # one explosion must not flatten the rest
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    else:
+        axes.margins(y=0.15)
+        axes.set_ylim(bottom=0)
+    low, high = band
+    if low is not None:
+        top = axes.get_ylim()[1]
+        axes.axhline(low, color=_ORANGE, lw=0.8, ls="--", label="low")
+        axes.axhspan(low, top if high is None else high, color=_ORANGE, alpha=0.08, lw=0)
+        if high is not None and high < 3 * largest.max():
+            axes.axhline(high, color=_RED, lw=0.8, ls="--", label="high")
+        axes.set_ylim(top=max(top, 1.1 * low))
+    if flagged:  # ticks at the top, which do not hide the curves when there are many
+        moments, place = np.array(flagged) / 1000, axes.get_xaxis_transform()
+        ticks = np.full(len(moments), 0.97)
+        axes.plot(moments, ticks, "|", color=_ORANGE, ms=6, mew=0.6, transform=place, label="flagged")
+    if kept:
+        moments = np.array(kept) / 1000
+        axes.plot(
+            moments, np.interp(moments, time, largest), "o", color=_ORANGE, mec="black", mew=0.5, ms=4, label="kept"
+        )
+    axes.set_ylabel("force σ [eV/Å]")
 
 
 def flag_figure(values: np.ndarray, threshold: float, criterion: str, unit: str) -> Figure:

@@ -129,12 +129,25 @@ class FrameStore:
         file["committed"][0] = start + len(frames)
         file.flush()
 
+    def truncate(self, n: int) -> None:
+        """Forget all frames but the first ``n``.
+
+        Raises:
+            ValueError: if the store was opened to read, or holds fewer.
+        """
+        if self.mode == "r":
+            raise ValueError(f"{self.path} was opened to read; open it with mode='a' to truncate")
+        if not 0 <= n <= len(self):
+            raise ValueError(f"{self.path} holds {len(self)} frames, {n} are to be kept")
+        self.file["committed"][0] = n
+        self.file.flush()
+
     def _add_columns(self, new: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        frames = self[:]
         have = {name: (d.shape[1:], d.dtype.str) for name, d in self.file["extra"].items()}
         provenance = self.provenance
         self.close()
-        _rebuild(self.path, frames, {**new, **have}, provenance)
+        with FrameStore(self.path) as old:
+            _rebuild(self.path, old, {**new, **have}, provenance)
 
     def _read(self, low: int, high: int) -> list[Frame]:
         """Read the frames low … high − 1 with one access per data set."""
@@ -208,9 +221,8 @@ def _open_to_write(path: Path) -> h5py.File:
         if "consistency flags" not in str(error) and "already open for write" not in str(error):
             raise ValueError(f"cannot write {path}: {error}") from error
         with FrameStore(path) as killed:  # its writer died: copy what it committed
-            frames, provenance = killed[:], killed.provenance
             columns = {name: (d.shape[1:], d.dtype.str) for name, d in killed.file["extra"].items()}
-        _rebuild(path, frames, columns, provenance)
+            _rebuild(path, killed, columns, killed.provenance)
         file = h5py.File(path, "r+", libver="latest")
     file.swmr_mode = True
     return file
@@ -218,15 +230,16 @@ def _open_to_write(path: Path) -> h5py.File:
 
 def _rebuild(
     path: Path,
-    frames: Sequence[Frame],
+    frames: FrameStore,
     extra: dict[str, tuple[tuple[int, ...], str]],
     provenance: dict[str, Any],
 ) -> None:
-    """Write all frames to a new file beside the old one and put it in its place."""
+    """Write all frames, a block at a time, to a new file beside the old one and put it in its place."""
     temporary = path.with_name(f".{path.name}.part")
     _create(temporary, extra, provenance)
     with FrameStore(temporary, "a") as store:
-        store.append([_with_origin(frame) for frame in frames])
+        for low in range(0, len(frames), _BLOCK):
+            store.append([_with_origin(frame) for frame in frames[low : low + _BLOCK]])
     temporary.replace(path)
 
 

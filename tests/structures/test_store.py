@@ -12,6 +12,7 @@ import pytest
 from ase.build import bulk, molecule
 
 from forcedrop.structures import Frame, FrameStore, read_frames, write_frames
+from tests.conftest import ethanol
 
 
 def frames(n: int = 6) -> list[Frame]:
@@ -156,3 +157,20 @@ def test_written_frames_keep_everything(tmp_path, name: str) -> None:
         assert set(b.arrays) <= set(a.arrays)
     with pytest.raises(ValueError, match=r"written as \.xyz"):
         write_frames(tmp_path / "a.cif", made)
+
+
+def test_truncate_forgets_the_rest_and_appends_after_it(tmp_path) -> None:
+    images = [Frame.from_atoms(ethanol(seed), info={"k": seed}) for seed in range(5)]
+    path = tmp_path / "t.h5"
+    with FrameStore(path, "w") as store:
+        store.append(images)
+        store.truncate(2)
+        assert [f.info["k"] for f in store] == [0, 1]
+        store.append(images[4:])
+    with FrameStore(path) as store:
+        assert [f.info["k"] for f in store] == [0, 1, 4]
+        np.testing.assert_array_equal(store[2].pos, images[4].pos)
+        with pytest.raises(ValueError, match="opened to read"):
+            store.truncate(1)
+    with FrameStore(path, "a") as store, pytest.raises(ValueError, match="holds 3 frames, 4 are to be kept"):
+        store.truncate(4)

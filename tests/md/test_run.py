@@ -8,7 +8,9 @@ from ase.build import bulk
 from ase.io import read
 
 from forcedrop import DropoutCalculator, read_frames, run_md
-from forcedrop.md import NPT, NVE, NVT, energy_drift
+from forcedrop.md import NPT, NVE, NVT, Band, GuardSettings, RollBack, energy_drift
+from forcedrop.md.run import runaway
+from forcedrop.report import run_figure
 from forcedrop.training import TrainedModel
 from tests.conftest import ethanol, make_potential
 
@@ -75,10 +77,10 @@ def test_same_seed_same_run(trained, tmp_path) -> None:
 
 def test_nvt_reaches_its_temperature(trained, tmp_path) -> None:
     run = run_md(
-        crystal(2), DropoutCalculator(trained, 2), tmp_path, ensemble=NVT(0.05), temperature=400, steps=600,
-        timestep=3.0, record_every=3,
+        crystal(2), DropoutCalculator(trained, 2), tmp_path, ensemble=NVT(0.05), temperature=400, steps=450,
+        timestep=4.0, record_every=9,
     )  # fmt: skip
-    temperature = np.mean([row["temperature_K"] for row in run.rows[30:]])
+    temperature = np.mean([row["temperature_K"] for row in run.rows[10:]])
     assert temperature == pytest.approx(400, rel=0.2)
 
 
@@ -124,9 +126,70 @@ def test_a_large_sigma_ends_the_run(trained, tmp_path) -> None:
     assert whole.stopped is None
 
 
+def test_flagged_frames_are_apart_and_on_disk(trained, tmp_path) -> None:
+    calculator = DropoutCalculator(trained, n_samples=4)
+    guard = GuardSettings(Band(1e-4), spacing=12.0, check_every=2)
+    run = run_md(crystal(), calculator, tmp_path, steps=20, timestep=2.0, record_every=5, guard=guard)
+    assert [frame.info["step"] for frame in run.flagged_frames] == [2, 8, 14, 20]
+    for frame, stored in zip(run.flagged_frames, read_frames(tmp_path / "flagged.h5"), strict=True):
+        np.testing.assert_array_equal(frame.pos, stored.pos)
+        assert stored.energy is None
+        sigma = np.linalg.norm(stored.arrays["forces_uncertainty"], axis=1).max()
+        assert stored.info["sigma_max_force"] == pytest.approx(sigma)
+    assert [event.step for event in run.events] == [2, 8, 14, 20]
+    assert json.loads((tmp_path / "md.json").read_text())["events"][1]["kind"] == "flagged"
+    figure = run_figure(run)
+    labels = {line.get_label(): line for line in figure.axes[2].lines}
+    np.testing.assert_allclose(labels["kept"].get_xdata(), [0.004, 0.016, 0.028, 0.04])
+    np.testing.assert_allclose(labels["flagged"].get_xdata(), [0.01, 0.02, 0.03, 0.04])
+
+
+def test_a_guarded_run_goes_back_and_a_hot_one_stops(trained, tmp_path) -> None:
+    free = run_md(crystal(), DropoutCalculator(trained, 2), tmp_path / "a", steps=40, timestep=2.0, temperature=900)
+    sigma = [row["max_force_sigma_eV_A"] for row in free.rows]
+    band = Band(float(np.quantile(sigma, 0.4)), float(np.quantile(sigma, 0.7)))
+    run = run_md(
+        crystal(), DropoutCalculator(trained, 2), tmp_path / "b", steps=40, timestep=2.0, temperature=900,
+        guard=GuardSettings(band, RollBack(most=50)),
+    )  # fmt: skip
+    assert run.stopped is None
+    assert any(event.back_to is not None for event in run.events)
+    assert all(frame.info["sigma_max_force"] <= band.high for frame in run.flagged_frames)
+    assert "went back" in run.summary()
+    assert "went back" in [line.get_label() for line in run_figure(run).axes[0].lines]
+    hot = run_md(
+        crystal(), DropoutCalculator(trained, 2), tmp_path / "c", steps=40, timestep=2.0, temperature=900,
+        guard=GuardSettings(Band(1e9), runaway=0.01),
+    )  # fmt: skip
+    assert hot.events[-1].kind == "hot"
+    assert hot.stopped == 0.0
+
+
+def test_sample_drift_is_sigma_of_the_change_of_the_energy(trained, tmp_path) -> None:
+    calculator = DropoutCalculator(trained, n_samples=4)
+    run = run_md(crystal(), calculator, tmp_path, steps=20, timestep=2.0, temperature=600)
+    assert not calculator.keep_samples
+    assert run.rows[0]["sample_drift_meV_atom"] == 0
+    whole = DropoutCalculator(trained, n_samples=4, keep_samples=True)
+    samples = [whole.get_property("energy_ensemble", f.to_atoms()) for f in read_frames(tmp_path / "md.h5")]
+    expected = 1000 * np.std(samples[2] - samples[0], ddof=1) / 4
+    assert run.rows[2]["sample_drift_meV_atom"] == pytest.approx(expected, rel=1e-6)
+    assert expected > 0
+
+
+def test_runaway_is_beyond_any_fluctuation() -> None:
+    rng = np.random.default_rng(0)
+    for n in (2, 9, 200):
+        kinetic = rng.chisquare(3 * n, size=200_000) / (3 * n)
+        assert kinetic.max() < runaway(n)
+    assert runaway(100_000) == 3.0
+
+
 def test_bad_settings(trained, tmp_path) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         run_md(crystal(), DropoutCalculator(trained, 2), tmp_path, steps=0)
+    with pytest.raises(ValueError, match="not both"):
+        run_md(crystal(), DropoutCalculator(trained, 2), tmp_path, guard=GuardSettings(Band(1.0)), threshold=1.0)
 
 
 def test_drift_of_a_line() -> None:

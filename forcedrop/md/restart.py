@@ -1,0 +1,103 @@
+"""What a killed run needs to go on: written atomically at every recorded step, after all else of that step is on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import nn
+
+from forcedrop.training.checkpoint import load_plain, save_atomically
+
+FORMAT = 1
+FREE = ("steps",)
+"""Settings that may change on resuming: a run may be made longer."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A moment of a run.
+
+    Attributes:
+        settings: plain values that decide what the run computes.
+        step: the moment.
+        positions: [Å], shape (N, 3).
+        momenta: in ASE's units, shape (N, 3).
+        cell: [Å], shape (3, 3).
+        dynamics: of the thermostat and barostat.
+        recorder: how far the files go.
+        guard: of the guard, None without.
+        stopped: whether the guard ended the run here.
+    """
+
+    settings: dict[str, Any]
+    step: int
+    positions: np.ndarray
+    momenta: np.ndarray
+    cell: np.ndarray
+    dynamics: dict[str, Any]
+    recorder: dict[str, Any]
+    guard: dict[str, Any] | None
+    stopped: bool = False
+
+    def save(self, path: Path) -> None:
+        """Write it; a reader finds the old moment or this one."""
+        arrays = {name: torch.tensor(getattr(self, name)) for name in ("positions", "momenta", "cell")}
+        plain = {name: value for name, value in vars(self).items() if name not in arrays}
+        save_atomically({"restart_format": FORMAT, **arrays, "json": json.dumps(plain)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Restart:
+        """Read it.
+
+        Raises:
+            ValueError: if the file is not a restart file.
+        """
+        values = load_plain(path)
+        if values.get("restart_format") != FORMAT:
+            raise ValueError(f"{path} is not a restart file of format {FORMAT}")
+        arrays = {name: values[name].numpy() for name in ("positions", "momenta", "cell")}
+        return cls(**json.loads(values["json"]), **arrays)
+
+    def require(self, settings: dict[str, Any]) -> None:
+        """Check that a run may go on from here.
+
+        Raises:
+            ValueError: naming the first setting that differs, with both values.
+        """
+        before, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
+        for name in dict.fromkeys([*before, *now]):
+            old, new = before.get(name, "absent"), now.get(name, "absent")
+            if name not in FREE and old != new:
+                raise ValueError(f"cannot resume: `{name}` was {old}, now it is {new}")
+        if now["steps"] < self.step:
+            raise ValueError(f"cannot resume: the run is at step {self.step} already, asked for {now['steps']}")
+
+    def apply(self, atoms: Atoms) -> None:
+        """Put the atoms where they were."""
+        atoms.set_cell(self.cell, scale_atoms=False)
+        atoms.set_positions(self.positions, apply_constraint=False)
+        atoms.set_momenta(self.momenta, apply_constraint=False)
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return a short hash of the weights, so that a run is not resumed with another model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
