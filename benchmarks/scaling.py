@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from systems import calculator, mace_calculator, moved, structure
+from systems import calculator, differentiated, mace_calculator, moved, structure
 from turns import table
 
 REPEATS = (3, 5, 9, 14)
@@ -79,22 +79,10 @@ def measure(kind: str, repeat: int, threads: int) -> dict[str, Any]:
     return {"atoms": len(atoms), "ms_per_atom": per_atom, "memory_GiB": round(memory, 2)}
 
 
-def by_automatic_differentiation(atoms: Any) -> Callable[[], Any]:
-    """Return the call that differentiates the network as a whole, which keeps all that it computed."""
-    from forcedrop.derive import derive_pairs
-    from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
-    from forcedrop.structures import Frame
-
-    potential = calculator("silicon").potential
-    batch = batch_graphs([build_graph(Frame.from_atoms(atoms), NeighbourFinder(potential.config.cutoff))])
-    inputs, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    return lambda: derive_pairs(potential, inputs, vec, batch.volume)
-
-
 MADE: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "forcedrop": lambda atoms: moved(atoms, calculator("silicon", uncertainty_every=10**9)),
     "16 samples": lambda atoms: moved(atoms, calculator("silicon", n_samples=16)),
-    "automatic differentiation": by_automatic_differentiation,
+    "automatic differentiation": lambda atoms: differentiated("silicon", atoms),
     "MACE": lambda atoms: moved(atoms, mace_calculator("silicon")),
 }
 

@@ -105,3 +105,15 @@ def moved(atoms: Any, calculators: Any) -> Callable[[], None]:
             copy.get_forces()
 
     return call
+
+
+def differentiated(name: str, atoms: Any) -> Callable[[], Any]:
+    """Return a call that differentiates forcedrop's network as a whole, of a graph that is already there."""
+    from forcedrop.derive import derive_pairs
+    from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
+    from forcedrop.structures import Frame
+
+    potential = model(name).potential
+    batch = batch_graphs([build_graph(Frame.from_atoms(atoms), NeighbourFinder(CUTOFF))])
+    inputs, vec = potential.inputs(batch), pair_vectors(batch, 2 * CUTOFF)
+    return lambda: derive_pairs(potential, inputs, vec, batch.volume)

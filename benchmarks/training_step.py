@@ -1,11 +1,10 @@
-"""One training step and one force call of forcedrop and of MACE, side by side.
+"""One training step of forcedrop and of MACE, side by side.
 
     python benchmarks/training_step.py --mace-python PATH/python    # of an environment of its own with mace-torch
 
-A step: five 3BPA molecules (27 atoms each), loss of energies and forces, gradient, optimiser, average of the weights. A call:
-energy and forces of one molecule through the ASE calculator, moved a little each time. MACE: 64 channels, L=0, two layers, r_max
-5 Å, float32. The programs take turns, round after round, each in a process of its own that does nothing while it waits; medians
-over all rounds. Writes ``benchmarks/results/training_step.json``.
+Five 3BPA molecules (27 atoms each), loss of energies and forces, gradient, optimiser, average of the weights. MACE: 64 channels,
+L=0, two layers, r_max 5 Å, float32. Medians over rounds in which the programs take turns. Writes
+``benchmarks/results/training_step.json``.
 """
 
 from __future__ import annotations
@@ -16,17 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from systems import DATA, ISOLATED, mace_model
 from turns import serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
-ISOLATED = {1: -13.587222780835477, 6: -1029.4889999855063, 7: -1484.9814568572233, 8: -2041.9816003861047}
-"""eV, from ``iso_atoms.xyz`` of the data set."""
 
 
 def main() -> None:
     """Start both workers, let them take turns, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "3bpa" / "train_300K.xyz")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
@@ -58,27 +56,16 @@ def main() -> None:
 
 
 def _mace(data: Path) -> dict[str, Callable[[], Any]]:
-    from mace.calculators import MACECalculator  # isort: skip  (first: it lets e3nn load its constants)
-    import numpy as np
+    model = mace_model("3BPA")  # first: it lets e3nn load its constants
     import torch
     from ase.io import read
-    from e3nn import o3
     from mace import data as mace_data
     from mace import modules, tools
     from mace.tools import torch_geometric
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float32)
     images = read(data, ":40")
-    table = tools.AtomicNumberTable(sorted(ISOLATED))
-    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
-    model = modules.ScaleShiftMACE(
-        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3, interaction_cls=block, interaction_cls_first=block,
-        num_interactions=2, num_elements=len(table), hidden_irreps=o3.Irreps("64x0e"), MLP_irreps=o3.Irreps("16x0e"),
-        atomic_energies=np.array([ISOLATED[z] for z in table.zs]), avg_num_neighbors=15.0, atomic_numbers=table.zs,
-        correlation=3, gate=torch.nn.functional.silu, atomic_inter_scale=1.0, atomic_inter_shift=0.0,
-    )  # fmt: skip
     keys = mace_data.KeySpecification(info_keys={"energy": "energy"}, arrays_keys={"forces": "forces"})
+    table = tools.AtomicNumberTable(sorted(ISOLATED))
     configurations = []
     for image in images:
         image.info["energy"], image.arrays["forces"] = image.get_potential_energy(), image.get_forces()
@@ -103,19 +90,16 @@ def _mace(data: Path) -> dict[str, Callable[[], Any]]:
         optimiser.step()
         average.update_parameters(model)
 
-    calculator = MACECalculator(models=[model.eval()], device="cpu", default_dtype="float32")
-    return {"training step": step, "force call": _force_call(images[0], calculator)}
+    return {"training step": step}
 
 
 def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dict[str, Callable[[], Any]]:
     from itertools import cycle
 
     from ase.data import chemical_symbols
-    from ase.io import read
     from race import DROPOUT
 
-    from forcedrop.calculator import DropoutCalculator
-    from forcedrop.training import TrainedModel, load_config, parse_config
+    from forcedrop.training import load_config, parse_config
     from forcedrop.training.data import prepare_data
     from forcedrop.training.run import build_trainer
 
@@ -131,26 +115,7 @@ def _forcedrop(data: Path, dropout: bool = False, compiled: bool = False) -> dic
         trainer.progress.step = 1  # not the first of an epoch: what is done every 50 steps is not part of a step
         trainer.run_step(next(batches))
 
-    measured: dict[str, Callable[[], Any]] = {"training step": step}
-    if dropout:
-        model = TrainedModel(trainer.potential, bank=config.dropout.bank, bank_seed=config.dropout.bank_seed)
-        single, sampled = DropoutCalculator(model, uncertainty_every=10**9), DropoutCalculator(model)
-        measured["force call"] = _force_call(read(data, 0), single)
-        measured["force call with 16 samples"] = _force_call(read(data, 0), sampled)
-    return measured
-
-
-def _force_call(atoms: Any, calculator: Any) -> Callable[[], Any]:
-    import numpy as np
-
-    atoms.pbc, atoms.cell, atoms.calc = False, None, calculator
-    rng = np.random.default_rng(0)
-
-    def call() -> None:
-        atoms.positions += rng.normal(scale=1e-4, size=atoms.positions.shape)
-        atoms.get_forces()
-
-    return call
+    return {"training step": step}
 
 
 WORKERS: dict[str, Callable[[Path], dict[str, Callable[[], Any]]]] = {

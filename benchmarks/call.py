@@ -1,0 +1,111 @@
+"""One call for energy, forces and stress through the ASE calculators: forcedrop, its float64, automatic differentiation, MACE.
+
+    python benchmarks/call.py --mace-python PATH/python    # of an environment of its own with mace-torch
+
+3BPA (27 atoms) and silicon crystals (8, 64, 216 atoms), atoms moved a little each time; networks of the default shape, MACE: 64
+channels, L = 0, float32. ``differentiated`` is the same network through automatic differentiation, which training uses. Medians
+over rounds in which the programs take turns; writes ``results/call.json`` and ``call.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from systems import DATA, calculator, differentiated, mace_calculator, moved, structure
+from turns import Measured, serve, table, take_turns
+
+SYSTEMS = {
+    "silicon, 8": ("silicon", 1),
+    "3BPA, 27": ("3BPA", 1),
+    "silicon, 64": ("silicon", 2),
+    "silicon, 216": ("silicon", 3),
+}
+NEVER = 10**9
+
+
+def main() -> None:
+    """Let the workers take turns, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="extended XYZ file of 3BPA")
+    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(WORKERS[arguments.worker](arguments.data), arguments.threads)
+        return
+    pythons = {kind: sys.executable for kind in WORKERS if kind != "MACE"}
+    pythons |= {"MACE": str(arguments.mace_python)} if arguments.mace_python else {}
+    rest = ["--data", str(arguments.data), "--threads", str(arguments.threads)]
+    commands = {kind: [python, __file__, "--worker", kind, *rest] for kind, python in pythons.items()}
+    median = take_turns(commands, arguments.rounds)
+    rows = [{"atoms": name} | {f"{kind} [ms]": round(median[kind][name], 1) for kind in median} for name in SYSTEMS]
+    if "MACE" in median:
+        for row in rows:
+            row["over MACE"] = round(median["forcedrop"][row["atoms"]] / median["MACE"][row["atoms"]], 3)
+    print(table(rows))
+    from common import environment, write_results
+
+    about = environment(0) | {"threads": arguments.threads, "rounds": arguments.rounds}
+    write_results("call", {"environment": about, "rows": rows})
+    draw(median)
+
+
+def each_system(data: Path, make: Callable[[str], Any]) -> Measured:
+    """Return a call for each system with a calculator of its own."""
+    return {label: moved(structure(name, data, repeat), make(name)) for label, (name, repeat) in SYSTEMS.items()}
+
+
+def forcedrop_worker(data: Path) -> Measured:
+    """Time what users get."""
+    return each_system(data, lambda name: calculator(name, uncertainty_every=NEVER))
+
+
+def double_worker(data: Path) -> Measured:
+    """Time the same in float64."""
+    import torch
+
+    return each_system(data, lambda name: calculator(name, uncertainty_every=NEVER, dtype=torch.float64))
+
+
+def differentiated_worker(data: Path) -> Measured:
+    """Time automatic differentiation of a graph that is already there."""
+    return {label: differentiated(name, structure(name, data, repeat)) for label, (name, repeat) in SYSTEMS.items()}
+
+
+def mace_worker(data: Path) -> Measured:
+    """Time MACE."""
+    return each_system(data, mace_calculator)
+
+
+WORKERS = {
+    "forcedrop": forcedrop_worker,
+    "float64": double_worker,
+    "differentiated": differentiated_worker,
+    "MACE": mace_worker,
+}
+
+
+def draw(median: dict[str, dict[str, float]]) -> None:
+    """Draw the time of a call for each system and program."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from common import RESULTS
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for kind, times in median.items():
+        ax.plot(list(SYSTEMS), [times[name] for name in SYSTEMS], "o-", label=kind)
+    ax.set(yscale="log", ylabel="milliseconds a call", xlabel="system, atoms")
+    ax.legend()
+    figure.savefig(RESULTS / "call.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
