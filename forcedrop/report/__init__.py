@@ -10,7 +10,8 @@ from forcedrop.report.figures import (
     sigma_figure,
     training_figure,
 )
-from forcedrop.report.page import results_page
+from forcedrop.report.folder import folder_sections, report_page
+from forcedrop.report.page import Picture, Plain, Section, Text, results_page
 from forcedrop.report.tables import (
     comparison_rows,
     comparison_table,
@@ -23,6 +24,10 @@ from forcedrop.report.tables import (
 )
 
 __all__ = [
+    "Picture",
+    "Plain",
+    "Section",
+    "Text",
     "comparison_figure",
     "comparison_rows",
     "comparison_table",
@@ -31,10 +36,12 @@ __all__ = [
     "detection_figure",
     "evaluation_table",
     "flag_figure",
+    "folder_sections",
     "format_table",
     "md_figure",
     "parity_figure",
     "ranking_csv",
+    "report_page",
     "results_page",
     "save_figure",
     "sigma_figure",
