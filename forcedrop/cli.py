@@ -119,6 +119,8 @@ def evaluate(
     from forcedrop.report import detection_figure, evaluation_table, parity_figure, save_figure, sigma_figure
     from forcedrop.structures import write_frames
 
+    if output is not None and any(path.resolve() == (output / "frames.h5").resolve() for path in files):
+        raise ValueError(f"{output / 'frames.h5'} would be overwritten; choose another --output")
     loaded = _load(model, device)
     keys = (energy_key, forces_key, stress_key)
     frames = _read(files, loaded, keys, energy_unit, length_unit, skip_bad)

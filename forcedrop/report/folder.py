@@ -20,7 +20,15 @@ from forcedrop.structures import Frame, FrameStore
 from forcedrop.training import load_model
 
 _MOST_ROWS = 20
+_TOLD = (  # of flagged steps
+    "time_fs", "max_force_sigma_eV_A", "mean_force_sigma_eV_A", "energy_sigma_eV", "potential_eV", "temperature_K",
+    "pressure_GPa",
+)  # fmt: skip
 _WORST = 20
+_AUDIT = (  # columns for reading; the file has all
+    "key", "round", "status", "reason", "run", "temperature_K", "time_fs", "sigma_max_force_eV_A", "error_max_force_eV_A",
+    "sigma_energy_eV", "error_energy_eV", "attempts", "failures",
+)  # fmt: skip
 
 
 class Kind(ABC):
@@ -59,7 +67,7 @@ class Dynamics(Kind):
         rows = read_rows(folder / "md.csv")
         summary = _json(folder / "md.json")
         times = {float(time) for time in summary.pop("flagged_fs", [])}
-        threshold = summary.get("threshold_eV_A")
+        threshold = _threshold(summary)
         flagged = [k for k, row in enumerate(rows) if float(row["time_fs"]) in times]
         flagged.sort(key=lambda k: -float(rows[k]["max_force_sigma_eV_A"]))
         with FrameStore(folder / "md.h5") as store:
@@ -70,13 +78,12 @@ class Dynamics(Kind):
         viewer = Viewer(
             frames, chosen, [chosen.index(k) for k in must], threshold, trajectory=True, name=_identifier(folder)
         )
-        what = (
-            f"{len(chosen)} of {n_frames} recorded steps"
-            if len(chosen) < n_frames
-            else f"all {n_frames} recorded steps"
-        )
-        extra = f", the flagged ones{'' if len(must) == len(flagged) else ' of largest σ'} among them" if must else ""
-        seen = Text(f"Shown are {what}{extra}.")
+        seen = f"Shown are all {n_frames} recorded steps."
+        if len(chosen) < n_frames:
+            kind = "the flagged ones" if len(must) == len(flagged) else f"the {len(must)} flagged ones of largest σ"
+            seen = f"Shown are {len(chosen)} of {n_frames} recorded steps, evenly spread" + (
+                f", and {kind}." if must else "."
+            )
         curves: Block = Picture(folder / "md.png")
         if not (folder / "md.png").is_file():
             numbers = [{key: float(value) for key, value in row.items()} for row in rows]
@@ -86,11 +93,11 @@ class Dynamics(Kind):
             caption = f"flagged: {len(flagged)} of {len(rows)} recorded steps" + (
                 f"; the {_MOST_ROWS} of largest σ" if len(flagged) > _MOST_ROWS else ", largest σ first"
             )
-            tables.append(rows_table([rows[k] for k in flagged[:_MOST_ROWS]], caption))
+            tables.append(rows_table([_some(rows[k], _TOLD) for k in flagged[:_MOST_ROWS]], caption))
         tables += [rows_table(summary.pop(key), key) for key in list(summary) if _is_rows(summary[key])]
         about = [Settings(summary)] if summary else [Text("There is no md.json: the run was not finished.")]
         return [
-            Section("Structures", [viewer, seen]),
+            Section("Structures", [viewer, Text(seen)]),
             Section("Along the run", [curves]),
             Section("Numbers", tables),
             Section("Settings and summary", about),
@@ -136,7 +143,7 @@ class Assessment(Kind):
         errors = [shown.error for shown in map(look_at, frames)]
         largest = np.array([-np.inf if error is None else error.max() for error in errors])
         worst = [int(k) for k in np.argsort(-largest, kind="stable")[:_WORST] if np.isfinite(largest[k])]
-        return _chosen(frames, most, worst, f"the {len(worst)} of largest force error among them", folder)
+        return _chosen(frames, most, worst, f"the {len(worst)} of largest force error", folder)
 
 
 class Training(Kind):
@@ -179,17 +186,23 @@ class ActiveLearning(Kind):
         if (folder / "audit.csv").is_file():
             rows = read_rows(folder / "audit.csv")
             caption = f"the last {_MOST_ROWS} of {len(rows)}" if len(rows) > _MOST_ROWS else ""
-            found.append(Section("Audit", [*_pictures(folder, ["audit"]), rows_table(rows[-_MOST_ROWS:], caption)]))
+            last = [_some(row, _AUDIT) for row in rows[-_MOST_ROWS:]]
+            found.append(Section("Audit", [*_pictures(folder, ["audit"]), rows_table(last, caption)]))
         if (folder / "labels.h5").is_file():
             with FrameStore(folder / "labels.h5") as store:
                 frames: list[Frame] = store[:]
             if frames:
-                blocks = _chosen(frames, most, (), "", folder)
+                judged = [frame for frame in frames if "sigma_max_force" in frame.info]
+                blocks = _chosen(judged or frames, most, (), "", folder)
+                if judged and len(judged) < len(frames):
+                    blocks.append(
+                        Text(f"The {len(frames) - len(judged)} start frames, which no model had judged, are left out.")
+                    )
                 found.append(Section("Labelled structures", [*blocks, Plain(describe_frames(frames))]))
+        settings = _json(folder / "loop.json")
         if (folder / "config.yaml").is_file():
-            text = (folder / "config.yaml").read_text(encoding="utf-8")
-            found.append(Section("Settings", [Settings(yaml.safe_load(text) or {})]))
-        return found
+            settings |= yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        return [*found, Section("Settings", [Settings(settings)])] if settings else found
 
 
 KINDS: tuple[Kind, ...] = (Dynamics(), Assessment(), ActiveLearning(), Comparison(), Training())
@@ -262,8 +275,20 @@ def _pictures(folder: Path, names: Sequence[str]) -> list[Block]:
     return [Picture(path) for name in names if (path := folder / f"{name}.png").is_file()]
 
 
+def _some(row: dict[str, str], columns: Sequence[str]) -> dict[str, str]:
+    """Return these columns of a row in this order; all of them where none is known."""
+    return {key: row[key] for key in columns if key in row} or row
+
+
 def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _threshold(summary: dict[str, Any]) -> float | None:
+    """Return the largest atomic force σ [eV/Å] above which a run flagged: its own, or the lower end of its guard's band."""
+    band = ((summary.get("settings") or {}).get("guard") or {}).get("band") or {}
+    low = band.get("low") if band.get("criterion", "max_force") == "max_force" else None
+    return summary.get("threshold_eV_A", low)
 
 
 def _is_rows(value: Any) -> bool:

@@ -20,11 +20,14 @@ from forcedrop.structures import Frame
 
 _SIGMA, _SIZE, _ERROR = "σ of force", "force", "force error"
 _LARGEST_SIGMA, _LARGEST_ERROR = "largest σ of force", "largest force error"
-_INFO = {  # names that md writes into each frame
+_INFO = {  # names that md and active learning write into each frame
     "time_fs": ("time", "fs"),
     "temperature_K": ("temperature", "K"),
     "total_eV": ("total energy", "eV"),
     "pressure_GPa": ("pressure", "GPa"),
+    "round": ("round", ""),
+    "sigma_max_force": (_LARGEST_SIGMA, "eV/Å"),
+    "error_max_force": (_LARGEST_ERROR, "eV/Å"),
 }
 _BRIGHTEST = 0.99
 _DIGITS = 5
@@ -194,7 +197,7 @@ class Viewer(Block):
         y = next((name for name in (_LARGEST_SIGMA, "energy") if name in names), "frame")
         if _LARGEST_ERROR in names and _LARGEST_SIGMA in names:
             x, y = _LARGEST_SIGMA, _LARGEST_ERROR
-        colour = next((name for name in ("temperature", "σ of energy", "energy") if name in names), "")
+        colour = next((name for name in ("round", "temperature", "σ of energy", "energy") if name in names), "")
         chart: dict[str, Any] = {"x": {"property": x}, "y": {"property": y}, "joinPoints": self.trajectory}
         chart |= {"color": {"property": colour}, "palette": "viridis"} if colour else {}
         chart |= {"symbol": "flag"} if "flag" in names else {}
@@ -257,6 +260,7 @@ _HTML = """<style>
 .viewer .columns > div {{ flex: 1 1 26rem; min-width: 0; }}
 .viewer .column {{ display: flex; flex-direction: column; height: min(34rem, 90vh); min-height: 16rem; }}
 .viewer .big {{ flex: 1; min-height: 0; position: relative; }}
+.viewer .status:empty {{ display: none; }}
 .viewer .problem {{ color: #a00; }}
 </style>
 <div class="viewer" id="{name}">
@@ -266,21 +270,58 @@ _HTML = """<style>
 <div class="column"><div class="big" id="{name}-map"></div></div>
 </div>
 <div id="{name}-meta" hidden></div>
-<p class="problem" role="status"></p>
+<p class="status" role="status">The structures are being loaded …</p>
 <noscript><p class="problem">The structures are shown by a script; this browser runs none.</p></noscript>
 <script type="application/json" id="{name}-data">{data}</script>
 <script>
 (() => {{
   const name = "{name}", root = document.getElementById(name);
-  const say = (message) => {{ root.querySelector(".problem").textContent = message; }};
+  const status = root.querySelector(".status");
+  const say = (message) => {{ status.textContent = message; status.classList.toggle("problem", message !== ""); }};
   const warnings = new Chemiscope.Warnings();
   warnings.addHandler((message) => say(message));
   const data = JSON.parse(document.getElementById(name + "-data").textContent);
   const places = {{}};
   for (const part of ["meta", "map", "structure", "info"]) places[part] = name + "-" + part;
-  const start = () => Chemiscope.DefaultVisualizer.load(places, data, warnings)
-    .then(() => {{ root.dataset.state = "ready"; }})
-    .catch((error) => {{ console.error(error); say("The structures cannot be shown (the viewer needs WebGL): " + error); }});
+  // While it sets itself up the viewer draws the structure some two hundred times over, which takes a minute where there is no
+  // GPU. Only the last time counts, so nothing is drawn until it has not tried for a third of a second.
+  const inStructure = (node) => {{
+    for (; node; node = node.parentNode || node.host) if (node.id === places.structure) return true;
+    return false;
+  }};
+  const holdDrawing = () => {{
+    let held = true, last = performance.now();
+    for (const kind of [WebGLRenderingContext.prototype, WebGL2RenderingContext.prototype])
+      for (const call of ["drawElements", "drawArrays", "clear"]) {{
+        const original = kind[call];
+        kind[call] = function (...values) {{
+          if (held && inStructure(this.canvas)) last = performance.now();
+          else original.apply(this, values);
+        }};
+      }}
+    return () => new Promise((resolve) => {{
+      const timer = setInterval(() => {{
+        if (performance.now() - last < 333) return;
+        clearInterval(timer);
+        held = false;
+        dispatchEvent(new Event("resize"));
+        resolve();
+      }}, 50);
+    }});
+  }};
+  const start = async () => {{
+    const release = holdDrawing();
+    try {{
+      await Chemiscope.DefaultVisualizer.load(places, data, warnings);
+      await release();
+      say("");
+      root.dataset.state = "ready";
+    }} catch (error) {{
+      release();
+      console.error(error);
+      say("The structures cannot be shown (the viewer needs WebGL): " + error);
+    }}
+  }};
   // not before it is looked at: a browser keeps a dozen pictures of this kind at a time, and the rest of the page comes first
   const watcher = new IntersectionObserver((entries) => {{
     if (entries.some((entry) => entry.isIntersecting)) {{ watcher.disconnect(); start(); }}
