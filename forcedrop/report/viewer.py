@@ -148,6 +148,12 @@ class Viewer(Block):
         digit = 10.0 ** (np.floor(np.log10(high)) - 1)
         return 0.0, _round(float(np.ceil(high / digit) * digit))  # two digits, which is what the viewer's labels show
 
+    @property
+    def _first(self) -> int | None:
+        """The frame that is shown first: that of the largest σ, where something is to be seen."""
+        sigma = self._all("sigma")
+        return None if sigma is None else int(np.argmax([values.max() for values in sigma]))
+
     def _all(self, name: str) -> list[Any] | None:
         """Return an attribute of every frame shown, or None if one of them lacks it: the viewer has no gaps."""
         values = [getattr(shown, name) for shown in self._shown]
@@ -208,7 +214,8 @@ class Viewer(Block):
         if (ends := self.colour_range()) is not None:
             structure["color"] = {"property": _SIGMA, "min": ends[0], "max": ends[1], "palette": "plasma"}
             structure["environments"] = {"activated": False}
-        return {"target": "structure", "map": chart, "structure": [structure]}
+        settings = {"target": "structure", "map": chart, "structure": [structure]}
+        return settings if self._first is None else {**settings, "pinned": [self._first]}
 
     def legend(self) -> str:
         """Return in words what the colours mean."""
@@ -218,7 +225,7 @@ class Viewer(Block):
         kind = "calibrated" if "forces_uncertainty" in self.frames[0].arrays else "raw, not calibrated"
         text = (
             f"Atoms are coloured by σ of their force ({kind}): from dark, 0, to yellow, {ends[1]:.3g} eV/Å and above. "
-            "The scale is the same for all frames. "
+            "The scale is the same for all frames; the frame of largest σ is shown first. "
         )
         if self.threshold is not None:
             text += f"Frames are flagged above {self.threshold:.3g} eV/Å. "

@@ -53,6 +53,7 @@ def test_labelled_frames_exactly() -> None:
     np.testing.assert_allclose(values(data, "energy error"), off, rtol=1e-4)
     np.testing.assert_allclose(values(data, "σ of energy"), [0.1, 0.2, 0.3, 0.4, 0.5])
     assert len(data["environments"]) == 20
+    assert data["settings"]["pinned"] == [int(np.argmax([s.max() for s in sigma]))]
     assert data["properties"]["σ of force"]["units"] == "eV/Å"
     assert data["settings"]["structure"][0]["color"]["property"] == "σ of force"
     assert data["settings"]["structure"][0]["unitCell"] is True
