@@ -16,11 +16,16 @@ from forcedrop.calculator import DropoutCalculator
 from forcedrop.evaluation import Evaluation, evaluate
 from forcedrop.md import NVE, NVT, run_md
 from forcedrop.report import (
+    Picture,
+    Plain,
+    Section,
+    Text,
     describe_frames,
     describe_model,
     detection_figure,
     evaluation_table,
     flag_figure,
+    folder_sections,
     md_figure,
     parity_figure,
     results_page,
@@ -34,7 +39,6 @@ from forcedrop.training import TrainedModel, TrainingInterrupted, load_config, l
 ROOT = Path(__file__).resolve().parent.parent
 DATA, OUT = ROOT / "data", ROOT / "runs" / "demo"
 SAMPLES = 16
-Section = tuple[str, str, list[Path]]
 
 
 def main() -> None:
@@ -46,7 +50,9 @@ def main() -> None:
     sections += [*evaluated(model), *simulated(model), flagged(model)]
     minutes = (time.monotonic() - start) / 60
     text = f"Made by examples/demo.py in {minutes:.1f} minutes. What you see is explained above each picture."
-    page = results_page(OUT / "results.html", "forcedrop: ethanol with error bars", [("", text, []), *sections])
+    page = results_page(
+        OUT / "results.html", "forcedrop: ethanol with error bars", [Section("", [Text(text)]), *sections]
+    )
     print(f"\n{minutes:.1f} minutes. Open {page.relative_to(ROOT)}; flagged frames are in runs/demo/flagged.xyz")
 
 
@@ -60,14 +66,9 @@ def trained() -> tuple[TrainedModel, list[Section]]:
         "An equivariant network was trained, and the posterior of its readout weights computed; what the spread of its "
         "samples is worth was fitted on frames that it had not seen."
     )
-    pictures = [save_figure(training_figure(OUT / "log.csv"), OUT / "training.png")]
-    return model, [
-        (
-            "Training",
-            f"{text}\n\nData\n  {indent(about)}\n\nModel\n  {indent(describe_model(model))}",
-            pictures,
-        )
-    ]
+    picture = save_figure(training_figure(OUT / "log.csv"), OUT / "training.png")
+    known = Plain(f"Data\n  {indent(about)}\n\nModel\n  {indent(describe_model(model))}")
+    return model, [Section("Training", [Text(text), known, Picture(picture)])]
 
 
 def evaluated(model: TrainedModel) -> list[Section]:
@@ -94,9 +95,9 @@ def evaluated(model: TrainedModel) -> list[Section]:
         ]
         text = (
             "Above: predictions against the reference. Below: |error| against σ, which honest error bars keep in the "
-            f"grey band, and how many errors lie inside their intervals.\n\n  {indent(table)}"
+            "grey band, and how many errors lie inside their intervals."
         )
-        sections.append((f"Ethanol at {name}", text, pictures))
+        sections.append(Section(f"Ethanol at {name}", [Text(text), Plain(table), *map(Picture, pictures)]))
     return sections
 
 
@@ -120,9 +121,11 @@ def simulated(model: TrainedModel) -> list[Section]:
         picture = save_figure(md_figure(run.rows, run.flagged, run.threshold), folder / "md.png")
         text = (
             "The samples are fixed, so their mean is one smooth potential and the total energy stays level in NVE. "
-            f"Red ticks mark the moments that the model flags; at ten times that σ the run ends.\n\n  {indent(run.summary())}"
+            "Red ticks mark the moments that the model flags; at ten times that σ the run ends."
         )
-        sections.append((f"Dynamics: {name}", text, [picture]))
+        structures, *_ = folder_sections(folder)
+        blocks = [Text(text), Plain(run.summary()), Picture(picture), *structures.blocks]
+        sections.append(Section(f"Dynamics: {name}", blocks))
     return sections
 
 
@@ -142,9 +145,9 @@ def flagged(model: TrainedModel) -> Section:
         "60 frames each at 300 K, 600 K and 1200 K, in this order, judged by their largest atomic force σ alone; the "
         "threshold is the level that 95 % of the calibration frames stay below. "
         "Those above are in flagged.xyz, most uncertain first, with σ "
-        f"per atom: send them to the reference method and train again.\n\n  {indent(flags.summary())}"
+        "per atom: send them to the reference method and train again."
     )
-    return "Flagged frames", text, [picture]
+    return Section("Flagged frames", [Text(text), Plain(flags.summary()), Picture(picture)])
 
 
 def indent(text: str) -> str:

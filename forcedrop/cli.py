@@ -106,7 +106,9 @@ def train(
 def evaluate(
     model: Model,
     files: Files,
-    output: Annotated[Path | None, typer.Option(help="folder for evaluation.json, parity.png, sigma.png")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for evaluation.json, the frames with σ, and plots")
+    ] = None,
     write: Annotated[Path | None, typer.Option(help="also write the frames with σ, as .xyz or .h5")] = None,
     samples: Samples = None,
     seed: Seed = None,
@@ -124,24 +126,31 @@ def evaluate(
     from forcedrop.report import detection_figure, evaluation_table, parity_figure, save_figure, sigma_figure
     from forcedrop.structures import write_frames
 
+    if output is not None and any(path.resolve() == (output / "frames.h5").resolve() for path in files):
+        raise ValueError(f"{output / 'frames.h5'} would be overwritten; choose another --output")
     loaded = _load(model, device)
     keys = (energy_key, forces_key, stress_key)
     frames = _read(files, loaded, keys, energy_unit, length_unit, skip_bad)
     predictions = predict_frames(loaded, frames, n_samples=samples, seed=seed, what="evaluate")
     result = evaluate_frames(loaded, frames, predictions=predictions)
     typer.echo(evaluation_table(result))
+    noted = [with_uncertainties(frame, prediction) for frame, prediction in zip(frames, predictions, strict=True)]
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
+        settings = {"model": str(model), "files": [str(f) for f in files], "samples": samples, "seed": seed}
+        values = {"settings": settings, **result.as_dict()}
+        (output / "evaluation.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_frames(output / "frames.h5", noted)
         title = ", ".join(path.name for path in files)
         save_figure(parity_figure(result, title), output / "parity.png")
         save_figure(sigma_figure(result, title), output / "sigma.png")
         if "forces" in result.error:
             save_figure(detection_figure(result, title), output / "detection.png")
-        typer.echo(f"wrote evaluation.json, parity.png, sigma.png, detection.png (with forces) to {output}")
+        typer.echo(
+            f"wrote evaluation.json, frames.h5 (with σ), parity.png, sigma.png, detection.png (with forces) to {output}"
+        )
     if write is not None:
-        pairs = zip(frames, predictions, strict=True)
-        write_frames(write, [with_uncertainties(frame, prediction) for frame, prediction in pairs])
+        write_frames(write, noted)
         typer.echo(f"wrote {write}")
 
 
@@ -329,6 +338,23 @@ def info(
     frames, problems = read_checked([path], skip_bad=skip_bad)
     _list_problems(problems)
     typer.echo(describe_frames(frames))
+
+
+@app.command()
+@_clear_errors
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="what md, evaluate, train, compare or active learning wrote", show_default=False)
+    ],
+    output: Annotated[Path | None, typer.Option(help="the page; by default page.html in the folder")] = None,
+    frames: Annotated[int, typer.Option(help="most frames to show, apart from flagged ones", min=1)] = 200,
+    title: Annotated[str | None, typer.Option(help="of the page")] = None,
+) -> None:
+    """Make one HTML file of a run, to look at offline: structures coloured by σ, plots, tables, settings."""
+    from forcedrop.report import report_page
+
+    page = report_page(folder, output, most=frames, title=title)
+    typer.echo(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 def _guard(

@@ -11,7 +11,8 @@ from forcedrop.report.figures import (
     sigma_figure,
     training_figure,
 )
-from forcedrop.report.page import results_page
+from forcedrop.report.folder import folder_sections, report_page
+from forcedrop.report.page import Picture, Plain, Section, Text, results_page
 from forcedrop.report.tables import (
     comparison_rows,
     comparison_table,
@@ -24,6 +25,10 @@ from forcedrop.report.tables import (
 )
 
 __all__ = [
+    "Picture",
+    "Plain",
+    "Section",
+    "Text",
     "comparison_figure",
     "comparison_rows",
     "comparison_table",
@@ -32,10 +37,12 @@ __all__ = [
     "detection_figure",
     "evaluation_table",
     "flag_figure",
+    "folder_sections",
     "format_table",
     "md_figure",
     "parity_figure",
     "ranking_csv",
+    "report_page",
     "results_page",
     "run_figure",
     "save_figure",

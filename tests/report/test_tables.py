@@ -8,7 +8,7 @@ import torch
 from forcedrop.calibration import Calibration, Growth, few_samples
 from forcedrop.evaluation import compare, evaluate, predict_frames, with_uncertainties
 from forcedrop.potential import DropoutRates
-from forcedrop.report import comparison_rows, comparison_table, evaluation_table, format_table, results_page
+from forcedrop.report import comparison_rows, comparison_table, evaluation_table, format_table
 from forcedrop.sampling import predict
 from forcedrop.training import Committee, TrainedModel
 from tests.conftest import batch_of, emt_frames, make_potential
@@ -115,18 +115,6 @@ def test_uncertainties_go_where_no_writer_drops_them(trained) -> None:
 def test_table_columns_line_up() -> None:
     lines = format_table([["a", "long"], ["longer", "b"]])
     assert lines == ["a       long", "longer     b"]
-
-
-def test_page_needs_nothing_else(tmp_path) -> None:
-    from matplotlib.figure import Figure
-
-    from forcedrop.report import save_figure
-
-    picture = save_figure(Figure(), tmp_path / "p.png")
-    page = results_page(tmp_path / "r.html", "A < B", [("One", "text & more", [picture])]).read_text()
-    assert "A &lt; B" in page
-    assert "data:image/png;base64," in page
-    assert "http" not in page
 
 
 def test_comparison_calibrates_all_alike_and_leaves_the_models_alone(trained) -> None:
