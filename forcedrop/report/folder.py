@@ -285,10 +285,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _threshold(summary: dict[str, Any]) -> float | None:
-    """Return the largest atomic force σ [eV/Å] above which a run flagged: its own, or the lower end of its guard's band."""
+    """Return the largest atomic force σ [eV/Å] above which a run flagged: the lower end of its guard's band."""
     band = ((summary.get("settings") or {}).get("guard") or {}).get("band") or {}
-    low = band.get("low") if band.get("criterion", "max_force") == "max_force" else None
-    return summary.get("threshold_eV_A", low)
+    return band.get("low") if band.get("criterion", "max_force") == "max_force" else None
 
 
 def _is_rows(value: Any) -> bool:

@@ -88,7 +88,7 @@ def test_a_page_of_dynamics(browser, dynamics_folder: Path, tmp_path: Path) -> N
     widths = tab.eval_on_selector_all("body > img", "pictures => pictures.map(p => p.naturalWidth)")
     assert len(widths) == 1
     assert widths[0] > 500
-    assert tab.locator("body > .wide > table").count() == 2
+    assert tab.locator("body > .wide > table").count() == 3  # summary, events, last steps
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # wide tables scroll on their own
     assert witness.problems == []
     assert witness.asked_for == []

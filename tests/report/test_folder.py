@@ -66,7 +66,6 @@ def test_more_keys_in_the_summary_do_no_harm(dynamics_folder: Path, tmp_path: Pa
     folder = tmp_path / "guarded"
     shutil.copytree(dynamics_folder, folder)
     summary = json.loads((folder / "md.json").read_text())
-    del summary["threshold_eV_A"]
     summary["settings"]["guard"] = {"band": {"low": 0.123, "high": None, "criterion": "max_force"}}
     summary["events"] = [{"step": 3, "kind": "high", "sigma": 0.5, "detail": "a < b", "back_to": None}]
     (folder / "md.json").write_text(json.dumps(summary))
