@@ -133,7 +133,7 @@ def longest(run: MDRun) -> list[dict[str, float]]:
     return max(parts, key=len)
 
 
-def flatness(memory: list[dict[str, float]]) -> dict[str, float | int | None]:
+def flatness(memory: list[dict[str, float]]) -> dict[str, Any]:
     """Return the growth of memory with the frames written, over the second half of the longest session."""
     sessions = {row["session"] for row in memory}
     rows = max(([row for row in memory if row["session"] == s] for s in sessions), key=len)
@@ -141,8 +141,9 @@ def flatness(memory: list[dict[str, float]]) -> dict[str, float | int | None]:
     frames, rss = ([row[name] for row in late] for name in ("frames", "rss_MB"))
     slope = float(np.polyfit(frames, rss, 1)[0]) if len(late) > 2 else None
     return {
-        "sessions": len(sessions), "records": len(rows), "start_MB": rows[0]["rss_MB"], "middle_MB": late[0]["rss_MB"],
-        "end_MB": rows[-1]["rss_MB"], "kB_per_frame": None if slope is None else 1e3 * slope,
+        "sessions": len(sessions), "records": len(rows), "start_MB": rows[0]["rss_MB"], "end_MB": rows[-1]["rss_MB"],
+        "median_MB_by_quarter": [float(np.median(part)) for part in np.array_split([row["rss_MB"] for row in rows], 4)],
+        "kB_per_frame": None if slope is None else 1e3 * slope,
     }  # fmt: skip
 
 
@@ -176,7 +177,8 @@ def picture(run: MDRun, memory: list[dict[str, float]]) -> Figure:
     for session in sorted({row["session"] for row in memory}):
         rows = [row for row in memory if row["session"] == session]
         axes[3].plot([row["frames"] for row in rows], [row["rss_MB"] for row in rows], lw=1)
-    axes[3].set(xlabel="frames written (a colour for each start of the program)", ylabel="memory [MB]", ylim=(0, None))
+    top = 1.2 * max(row["rss_MB"] for row in memory)
+    axes[3].set(xlabel="frames written (a colour for each start of the program)", ylabel="memory [MB]", ylim=(0, top))
     return figure
 
 

@@ -78,8 +78,10 @@ class Recorder:
         self._first: np.ndarray | None = None
         mode: Any = "w" if state is None else "a"
         what = {"what": "molecular dynamics"}
-        self._store = FrameStore(folder / "md.h5", mode, what)
-        self._flagged = FrameStore(folder / "flagged.h5", mode, {"what": "flagged frames"}) if flagged else None
+        self._store = FrameStore(folder / "md.h5", mode, what, compressed=False)
+        self._flagged = None
+        if flagged:
+            self._flagged = FrameStore(folder / "flagged.h5", mode, {"what": "flagged frames"}, compressed=False)
         if state is None:
             self._xyz.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)

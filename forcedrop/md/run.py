@@ -140,7 +140,7 @@ class MDRun:
         lines = [self.band.note] if self.band.note else []
         lines.append(
             f"{len(self.flagged)} of {len(self.rows)} recorded steps are flagged (σ above {self.band.low:.3g}); "
-            f"{len(self.flagged_frames)} of them, apart in time, are in flagged.h5"
+            f"{len(self.flagged_frames)} frames, apart in time, are in flagged.h5"
         )
         back = [event for event in self.events if event.back_to is not None]
         if back:

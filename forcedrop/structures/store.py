@@ -44,20 +44,27 @@ class FrameStore:
         path: the file.
         mode: ``"r"`` to read, ``"a"`` to append (made if missing), ``"w"`` to start over.
         provenance: plain values to keep with a new file, such as method and settings.
+        compressed: of a new file. Not to be, where frames come one by one: every append then packs a block of rows anew, and
+            what was there before stays in the file.
 
     Raises:
         ValueError: if the file is missing (``"r"``) or is not a frame store.
     """
 
     def __init__(
-        self, path: str | Path, mode: Literal["r", "a", "w"] = "r", provenance: dict[str, Any] | None = None
+        self,
+        path: str | Path,
+        mode: Literal["r", "a", "w"] = "r",
+        provenance: dict[str, Any] | None = None,
+        *,
+        compressed: bool = True,
     ) -> None:
         self.path, self.mode = Path(path), mode
         self._file: h5py.File | None = None
         if mode == "r" and not self.path.is_file():
             raise ValueError(f"no such file: {path}")
         if mode == "w" or (mode == "a" and not self.path.exists()):
-            _create(self.path, {}, provenance or {})
+            _create(self.path, {}, provenance or {}, compressed)
 
     def __enter__(self) -> Self:
         return self
@@ -236,7 +243,7 @@ def _rebuild(
 ) -> None:
     """Write all frames, a block at a time, to a new file beside the old one and put it in its place."""
     temporary = path.with_name(f".{path.name}.part")
-    _create(temporary, extra, provenance)
+    _create(temporary, extra, provenance, compressed=frames.file["pos"].compression is not None)
     with FrameStore(temporary, "a") as store:
         for low in range(0, len(frames), _BLOCK):
             store.append([_with_origin(frame) for frame in frames[low : low + _BLOCK]])
@@ -250,7 +257,9 @@ def _with_origin(frame: Frame) -> Frame:
     return Frame(**{**vars(frame), "info": info, "source": source})
 
 
-def _create(path: Path, extra: dict[str, tuple[tuple[int, ...], str]], provenance: dict[str, Any]) -> None:
+def _create(
+    path: Path, extra: dict[str, tuple[tuple[int, ...], str]], provenance: dict[str, Any], compressed: bool
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     stamp = {"forcedrop": forcedrop.__version__, "created": datetime.datetime.now(datetime.UTC).isoformat()}
     with h5py.File(path, "w", libver="latest") as file:
@@ -259,20 +268,22 @@ def _create(path: Path, extra: dict[str, tuple[tuple[int, ...], str]], provenanc
         file.attrs["provenance"] = json.dumps({**stamp, **provenance})
         file.create_dataset("committed", data=np.zeros(1, np.int64))
         for name, (shape, kind) in (_PER_ATOM | _PER_FRAME).items():
-            _dataset(file, name, shape, kind)
-        _dataset(file, "text", (), "u1", rows=65536)
+            _dataset(file, name, shape, kind, compressed)
+        _dataset(file, "text", (), "u1", compressed, rows=32)
         for name in _OFFSETS:
             file.create_dataset(name, data=np.zeros(1, np.int64), maxshape=(None,), chunks=(4096,))
         group = file.create_group("extra")
         for name, (shape, kind) in extra.items():
-            _dataset(group, name, shape, kind)
+            _dataset(group, name, shape, kind, compressed)
 
 
-def _dataset(group: Any, name: str, shape: tuple[int, ...], kind: str, rows: int = 2048) -> None:
+def _dataset(group: Any, name: str, shape: tuple[int, ...], kind: str, compressed: bool, rows: int = 1) -> None:
+    """Make an empty data set, in chunks of ``rows`` times 2048 if it is compressed, else times 512."""
+    packing = {"compression": "gzip", "shuffle": True} if compressed else {}
+    chunk = rows * (2048 if compressed else 512)
     group.create_dataset(
-        name, shape=(0, *shape), maxshape=(None, *shape), dtype=kind, chunks=(rows, *shape), compression="gzip",
-        shuffle=True,
-    )  # fmt: skip
+        name, shape=(0, *shape), maxshape=(None, *shape), dtype=kind, chunks=(chunk, *shape), **packing
+    )
 
 
 def _extra_layout(frames: Sequence[Frame]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -174,3 +174,20 @@ def test_truncate_forgets_the_rest_and_appends_after_it(tmp_path) -> None:
             store.truncate(1)
     with FrameStore(path, "a") as store, pytest.raises(ValueError, match="holds 3 frames, 4 are to be kept"):
         store.truncate(4)
+
+
+def test_frames_that_come_one_by_one_cost_no_more_than_their_numbers(tmp_path) -> None:
+    atoms = ethanol()
+    rng = np.random.default_rng(0)
+    sizes = []
+    for compressed in (False, True):
+        path = tmp_path / f"{compressed}.h5"
+        with FrameStore(path, "w", compressed=compressed) as store:
+            for k in range(150):
+                noise = {name: rng.normal(size=(len(atoms), 3)) for name in ("a", "b")}
+                store.append([Frame.from_atoms(atoms, forces=noise["a"], arrays=noise, info={"k": k})])
+        sizes.append(path.stat().st_size)
+        assert [frame.info["k"] for frame in FrameStore(path)] == list(range(150))
+    numbers = 150 * len(atoms) * (2 + 4 * 3 * 8)
+    assert sizes[0] < numbers + 250_000  # chunks that are not full yet
+    assert sizes[1] > 5 * sizes[0]
