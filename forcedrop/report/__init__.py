@@ -1,5 +1,6 @@
 """Figures, tables and the page of results."""
 
+from forcedrop.report.active import active_figure, rounds_table
 from forcedrop.report.figures import (
     comparison_figure,
     detection_figure,
@@ -23,6 +24,7 @@ from forcedrop.report.tables import (
 )
 
 __all__ = [
+    "active_figure",
     "comparison_figure",
     "comparison_rows",
     "comparison_table",
@@ -36,6 +38,7 @@ __all__ = [
     "parity_figure",
     "ranking_csv",
     "results_page",
+    "rounds_table",
     "save_figure",
     "sigma_figure",
     "symbols_formula",
