@@ -206,7 +206,7 @@ class DaskCluster:
         self._cluster: Any = None
         if address == "local":
             self._cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None
+                n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0"
             )
         try:
             self._client: Any = Client(self._cluster or address, timeout=30)

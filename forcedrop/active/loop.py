@@ -214,7 +214,7 @@ class ActiveLoop:
         if self.state.result(number, "explore") is None:
             start, plan = time.monotonic(), self.plan(number)
             tqdm.write(
-                f"round {number}: {len(plan)} runs; flagged above {limits.threshold:.3g}, ended above {limits.stop_above:.3g} eV/Å"
+                f"round {number}: {len(plan)} runs; flagged above {limits.threshold:.3g} eV/Å, ended at {limits.stop_above:.3g}"
             )
             runs = explore(
                 plan, folder / "model" / MODEL, folder / "runs", self.config.explore, limits, self.config.device
