@@ -21,6 +21,7 @@ class StartSection(_Section):
     """What is known at first."""
 
     files: list[Path] = Field(description="labelled frames, or structures to label", min_length=1)
+    frames: int | None = Field(None, ge=1, description="so many of them, drawn at random; all otherwise")
     relabel: bool = Field(False, description="label all of them with the oracle; otherwise only those without labels")
 
 

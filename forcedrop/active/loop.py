@@ -85,14 +85,14 @@ class ActiveLoop:
             BadFrames: if start frames cannot be used.
         """
         config, explore = self.config, self.config.explore
-        frames = read_checked(config.start.files)[0]
-        ready = 0 if config.start.relabel else sum(f.energy is not None and f.forces is not None for f in frames)
+        ready, others = self._start_frames()
+        count = len(ready) + len(others)
         runs = len(explore.temperatures) * explore.starts * explore.seeds
-        training = config.train_config(self.state.store, config.state, max(len(frames), 10))
+        training = config.train_config(self.state.store, config.state, max(count, 10))
         return "\n".join(
             [
                 f"state: {config.state}, {len(self.state.frames())} labels so far",
-                f"start: {len(frames)} frames, {ready} of them labelled already; the rest by {self.oracle.name}",
+                f"start: {count} frames, {len(ready)} of them labelled already; the rest by {self.oracle.name}",
                 f"training: {training.stage_one.epochs} epochs at first, batches of {training.batch_size}",
                 f"exploration: {runs} runs a round of at most {explore.steps * explore.timestep / 1000:g} ps at "
                 f"{', '.join(f'{t:g}' for t in explore.temperatures)} K, {explore.ensemble}",
@@ -140,16 +140,9 @@ class ActiveLoop:
 
     def _start(self) -> None:
         """Round 0: label what has to be labelled of the start frames."""
-        frames = read_checked(self.config.start.files)[0]
         if self.state.result(0, "pick") is None:
-            frames = list({frame_key(frame): frame for frame in frames}.values())
-            ready = (
-                []
-                if self.config.start.relabel
-                else [f for f in frames if f.energy is not None and f.forces is not None]
-            )
-            held = {frame_key(frame) for frame in ready}
-            picks = [replace(bare(f), info=_origin(f)) for f in frames if frame_key(f) not in held]
+            ready, bare_ones = self._start_frames()
+            picks = [replace(bare(f), info=_origin(f)) for f in bare_ones]
             write_frames_atomically(self.state.round(0) / "picks.h5", picks)
             write_frames_atomically(
                 self.state.round(0) / "ready.h5", [replace(f, arrays={}, info=_origin(f)) for f in ready]
@@ -157,6 +150,17 @@ class ActiveLoop:
             self.state.finish(0, "pick", {"picked": len(picks), "ready": len(ready)})
         self._label(0)
         self._append(0)
+
+    def _start_frames(self) -> tuple[list[Frame], list[Frame]]:
+        """Return the start frames that have their labels, and those that are to be labelled; each structure once."""
+        settings = self.config.start
+        frames = list({frame_key(frame): frame for frame in read_checked(settings.files)[0]}.values())
+        if settings.frames is not None and settings.frames < len(frames):
+            rng = np.random.default_rng([self.config.seed, 0])
+            frames = [frames[i] for i in sorted(rng.choice(len(frames), settings.frames, replace=False))]
+        ready = [f for f in frames if f.energy is not None and f.forces is not None and not settings.relabel]
+        held = {frame_key(frame) for frame in ready}
+        return ready, [f for f in frames if frame_key(f) not in held]
 
     def _train(self, number: int) -> list[TrainedModel]:
         """Train on all labels there are; one network, or the members of a committee."""

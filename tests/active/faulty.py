@@ -15,16 +15,15 @@ RAISES, HANGS, DIES, NAN, HUGE, PRINTS = 1, 2, 3, 5, 6, 7
 
 
 class Faulty(EMT):
-    def __init__(self, log: str, healthy: bool = False, seconds: float = 0.0) -> None:
+    def __init__(self, log: str, healthy: bool = False, unlucky: int = 0) -> None:
         super().__init__()
-        self.log, self.healthy, self.seconds = log, healthy, seconds
+        self.log, self.healthy, self.unlucky = log, healthy, unlucky
 
     def calculate(self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
         with Path(self.log).open("a") as stream:
             stream.write(f"{len(atoms)} {np.round(atoms.positions, 6).tolist()}\n")
-        time.sleep(self.seconds)
         n = 0 if self.healthy else len(atoms)
-        if n == RAISES:
+        if n == RAISES or (self.unlucky and round(1e6 * np.abs(atoms.positions).sum()) % self.unlucky == 0):
             raise RuntimeError("SCF not converged in 250 cycles")
         if n == HANGS:
             time.sleep(3600)
@@ -40,8 +39,8 @@ class Faulty(EMT):
             os.write(1, b"what a calculator has to say\n" * 100)
 
 
-def oracle(log: str, healthy: bool = False, seconds: float = 0.0) -> Faulty:
-    return Faulty(log, healthy, seconds)
+def oracle(log: str, healthy: bool = False, unlucky: int = 0) -> Faulty:
+    return Faulty(log, healthy, unlucky)
 
 
 def calls(log: Path) -> list[str]:

@@ -58,16 +58,19 @@ def keep_writing(folder: Path) -> None:
         write_json(folder / "a.json", {"k": [k] * 2000})
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_reader_never_sees_half_a_file(tmp_path) -> None:
     write_json(tmp_path / "a.json", {"k": [0] * 2000})
     for _ in range(5):
         writer = multiprocessing.get_context("fork").Process(target=keep_writing, args=(tmp_path,))
         writer.start()
         until = time.monotonic() + 0.2
-        while time.monotonic() < until:
-            assert len(set(read_json(tmp_path / "a.json")["k"])) == 1
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
+        try:
+            while time.monotonic() < until:
+                assert len(set(read_json(tmp_path / "a.json")["k"])) == 1
+        finally:
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join()
         assert len(read_json(tmp_path / "a.json")["k"]) == 2000
     State(tmp_path).clean()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
