@@ -138,7 +138,7 @@ def settings(strategy: str, seed: int) -> dict[str, Any]:
         },
         "retraining": {"steps": STEPS},
         "explore": {
-            "temperatures": [300, 600, 1200], "starts": 5, "steps": 1000, "timestep": 0.5, "record_every": 20,
+            "temperatures": [300, 600, 1200], "starts": 3, "steps": 1000, "timestep": 0.5, "record_every": 20,
             "quantile": 0.5, "stop_above": 4.0,
         },
         "pick": {"batch": BATCHES, "strategy": strategy},

@@ -99,7 +99,7 @@ def explore(
 ) -> list[dict[str, Any]]:
     """Compute the runs that are not in ``folder`` yet; return a summary of each (``run.json``)."""
     jobs = [(run, start, model, folder, settings, limits, device) for run, start in plan]
-    left = [job for job in jobs if not (folder / job[0].name / DONE).exists()]
+    left = [job for job in jobs if not _over(job[0], folder)]
     if settings.workers > 1 and len(left) > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(settings.workers, len(left)), context, _leave_with, (os.getpid(),)) as pool:
@@ -108,6 +108,15 @@ def explore(
         for job in left:
             explore_one(*job)
     return [read_json(folder / run.name / DONE) for run, _ in plan]
+
+
+def _over(run: Run, folder: Path) -> bool:
+    """Return whether a run is complete; one of other settings in its place is removed."""
+    found = read_json(folder / run.name / DONE)
+    if found is not None and all(found[name] == value for name, value in asdict(run).items()):
+        return True
+    shutil.rmtree(folder / run.name, ignore_errors=True)
+    return False
 
 
 def explore_one(

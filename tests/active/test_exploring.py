@@ -93,6 +93,10 @@ def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, mon
     monkeypatch.setattr(module, "dynamics", lambda run, *a: calls.append(run.name) or original(run, *a))
     explore(plan, *arguments, tmp_path / "b", settings, wide, "cpu")
     assert calls == ["001_900K"]
+    # another plan with the same names is not taken for this one
+    explore(plan_runs(settings, emt_frames(3), 1, 1), *arguments, tmp_path / "b", settings, wide, "cpu")
+    assert calls == ["001_900K", "000_300K", "001_900K"]
+    explore(plan, *arguments, tmp_path / "b", settings, wide, "cpu")
     for run, _ in plan:
         np.testing.assert_array_equal([s.frame.pos for s in acceptable(tmp_path / "b", run, wide)], before[run.name])
 
