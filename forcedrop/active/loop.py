@@ -192,11 +192,20 @@ class ActiveLoop:
         return [load_model(folder / MODEL) for folder in folders]
 
     def limits(self, model: TrainedModel) -> Limits:
-        """Return where frames are flagged and runs end, by a model."""
+        """Return where frames are flagged and runs end, by a model.
+
+        Raises:
+            ValueError: if runs would end before anything is flagged.
+        """
         settings = self.config.explore
         quantile = None if settings.threshold is not None else settings.quantile
         threshold = resolve_threshold(model.calibration, "max_force", settings.threshold, quantile)
         stop = settings.stop_above if settings.stop_above is not None else settings.stop_factor * threshold
+        if stop <= threshold:
+            raise ValueError(
+                f"`explore.stop_above` must be above the threshold of flagging, got {stop:.3g} and {threshold:.3g} eV/Å: this "
+                "model is too unsure of its own calibration frames to explore with; start from more frames, or train for longer"
+            )
         return Limits(threshold, stop, settings.hottest, settings.closest)
 
     def plan(self, number: int) -> list[tuple[Run, Frame]]:

@@ -101,6 +101,19 @@ def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, mon
         np.testing.assert_array_equal([s.frame.pos for s in acceptable(tmp_path / "b", run, wide)], before[run.name])
 
 
+def test_several_at_once_are_the_same_runs(trained_folder, tmp_path) -> None:
+    settings = ExploreSection(temperatures=[300], starts=2, steps=4, timestep=2.0, record_every=2, samples=2)
+    plan = plan_runs(settings, emt_frames(3), 0, 1)
+    for workers in (1, 2):
+        own = settings.model_copy(update={"workers": workers})
+        explore(
+            plan, trained_folder / "run" / "model.pt", tmp_path / str(workers), own, Limits(0.0, 1e6, 9.0, 0.1), "cpu"
+        )
+    for run, _ in plan:
+        one, two = ([s.frame.pos for s in acceptable(tmp_path / w, run, Limits(0.0, 1e6, 9.0, 0.1))] for w in "12")
+        np.testing.assert_array_equal(one, two)
+
+
 def test_a_wrong_setting_is_no_explosion(trained_folder, tmp_path) -> None:
     frame = emt_frames(1)[0]
     free = Frame(**{**vars(frame), "pbc": np.zeros(3, bool)})

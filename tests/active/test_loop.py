@@ -137,6 +137,12 @@ def test_again_does_nothing_and_more_budget_goes_on(done) -> None:
     assert (folder / "state" / "rounds" / "003" / "model" / "model.pt").stat().st_mtime_ns == before
 
 
+def test_runs_that_would_end_before_anything_is_flagged(done) -> None:
+    low = loop(done.state.folder.parent, explore={"stop_above": 1e-9})
+    with pytest.raises(ValueError, match="must be above the threshold of flagging, got 1e-09 and"):
+        low.limits(load_model(done.state.folder / "model.pt"))
+
+
 def test_another_oracle_and_another_loop_are_refused(done) -> None:
     folder = done.state.folder.parent
     with pytest.raises(ConfigError, match=r"holds labels of .* choose another `state`"):
