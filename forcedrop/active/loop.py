@@ -108,9 +108,7 @@ class ActiveLoop:
     def _run(self) -> str:
         if self.state.result(0, "append") is None:
             self._start()
-        number = 1
-        while self.state.result(number, "append") is not None:
-            number += 1
+        number = self.number()
         while True:
             models = self._train(number)
             self._tables()
@@ -130,10 +128,17 @@ class ActiveLoop:
             self._tables()
             number += 1
 
+    def number(self) -> int:
+        """Return the first round that is not over, from 1 on."""
+        number = 1
+        while self.state.result(number, "append") is not None:
+            number += 1
+        return number
+
     def stopped(self) -> str | None:
-        """Return why the loop is over by now, or None."""
+        """Return why the loop is over by now, or None; only rounds that are over count, and what they labelled."""
         rows = [row for row in round_rows(self.state) if row.get("verdict") is not None]
-        return stop_reason(rows, len(self.state.frames()), self.config.stop)
+        return stop_reason(rows, len(self.known(self.number())), self.config.stop)
 
     def _tables(self) -> None:
         self.on_round(write_tables(self.state))

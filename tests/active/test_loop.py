@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +125,41 @@ def test_tables_agree(done) -> None:
         assert float(row["explored_ps"]) == pytest.approx(2 * 24 * 2.0 / 1000)
 
 
+@pytest.mark.parametrize("stage", ["pick", "label", "append", "appended"])
+def test_cut_off_anywhere_in_the_last_round(done, tmp_path, stage: str) -> None:
+    """The folder as a kill leaves it just before the last file of a stage; what follows must be the same."""
+    folder = done.state.folder.parent
+    for name in ("state", "calls", "start.h5"):
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
+    cut = loop(tmp_path, oracle={"settings": {"log": str(folder / "calls")}})
+    last, frames, calls = cut.state.round(2), cut.state.frames(), len(faulty.calls(folder / "calls"))
+    shutil.rmtree(cut.state.round(3))
+    (cut.state.folder / "model.pt").unlink()
+    if stage != "appended":
+        write_frames(cut.state.store, [Frame(**{**vars(f), "source": "<memory>"}) for f in frames[:16]])
+    order = ["pick", "label", "judge", "append"]
+    for name in order[order.index(stage.removesuffix("ed")) :]:
+        (last / f"{name}.json").unlink()
+    if stage == "pick":
+        shutil.rmtree(last / "labels")
+    if stage == "label":
+        next((last / "labels").iterdir()).unlink()  # one label was not on disk yet
+    assert cut.run() == "the budget of 19 labels is spent"
+    assert [(frame_key(f), f.energy) for f in cut.state.frames()] == [(frame_key(f), f.energy) for f in frames]
+    assert rows(cut, "rounds.csv")[2]["labels"] == "19"
+    assert (
+        load_model(cut.state.folder / "model.pt").provenance["training_set"]
+        == (load_model(done.state.folder / "model.pt").provenance["training_set"])
+    )
+    assert len(faulty.calls(folder / "calls")) == calls + {"pick": 3, "label": 1}.get(stage, 0)
+
+
 def test_again_does_nothing_and_more_budget_goes_on(done) -> None:
     folder = done.state.folder.parent
     before = (folder / "state" / "rounds" / "003" / "model" / "model.pt").stat().st_mtime_ns
+    calls = len(faulty.calls(folder / "calls"))
     assert loop(folder).run() == "the budget of 19 labels is spent"
-    assert len(faulty.calls(folder / "calls")) == 7
+    assert len(faulty.calls(folder / "calls")) == calls
     assert loop(folder, stop={"labels": 19, "rounds": 1}).stopped() == "the budget of 19 labels is spent"
     more = loop(folder, stop={"labels": 21})
     assert more.stopped() is None
