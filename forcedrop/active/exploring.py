@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -239,9 +238,10 @@ def nearest(frame: Frame) -> float:
     return float(min(1.0, (distance / (radii[i] + radii[j])).min()))
 
 
-def explored(plan: Sequence[tuple[Run, Frame]], folder: Path, limits: Limits) -> list[Seen]:
-    """Return all acceptable frames of all runs."""
-    return [seen for run, _ in plan for seen in acceptable(folder, run, limits)]
+def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[Seen]:
+    """Return all acceptable frames of all runs of an exploration; ``found`` as :func:`summary` gives it."""
+    runs = [Run(**{f.name: details[f.name] for f in fields(Run)}) for details in found["details"]]
+    return [seen for run in runs for seen in acceptable(folder, run, limits)]
 
 
 def summary(runs: Sequence[dict[str, Any]], folder: Path, limits: Limits) -> dict[str, Any]:
@@ -258,5 +258,5 @@ def summary(runs: Sequence[dict[str, Any]], folder: Path, limits: Limits) -> dic
         "ps": round(total / 1000, 4),
         "stopped": sum(run["stopped"] is not None for run in runs),
         "exploded": sum(run["exploded"] is not None for run in runs),
-        "details": json.loads(json.dumps(list(runs))),
+        "details": list(runs),
     }

@@ -24,11 +24,19 @@ from forcedrop.active.flagging import resolve_threshold
 from forcedrop.active.judging import judge, stop_reason, verdict
 from forcedrop.active.labelling import DaskCluster, Executor, ProcessPool, Rules, bare, label_frames, labelled
 from forcedrop.active.oracles import Oracle, find_oracle
-from forcedrop.active.picking import Pick, Pool, Random, Strategy, Uncertain, scaled_features, structure_features
+from forcedrop.active.picking import (
+    Pick,
+    Pool,
+    Random,
+    Strategy,
+    Uncertain,
+    committee_sigma,
+    scaled_features,
+    structure_features,
+)
 from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
-from forcedrop.evaluation import predict_frames
 from forcedrop.structures import Frame, FrameStore, read_checked, read_frames
-from forcedrop.training import Committee, ConfigError, TrainedModel, load_model, train
+from forcedrop.training import ConfigError, TrainedModel, load_model, train
 
 CHECKPOINT, MODEL = "last.pt", "model.pt"
 
@@ -169,11 +177,8 @@ class ActiveLoop:
 
     def _train(self, number: int) -> list[TrainedModel]:
         """Train on all labels there are; one network, or the members of a committee."""
-        committee = self.config.pick.strategy == "committee"
-        folders = [
-            self.state.round(number) / ("model" if m == 0 else f"model-{m}") for m in range(self.config.pick.members)
-        ]
-        folders = folders if committee else folders[:1]
+        members = self.config.pick.members if self.config.pick.strategy == "committee" else 1
+        folders = [self.state.round(number) / ("model" if m == 0 else f"model-{m}") for m in range(members)]
         if self.state.result(number, "train") is None:
             start, n_frames = time.monotonic(), len(self.state.frames())
             for member, folder in enumerate(folders):
@@ -216,11 +221,8 @@ class ActiveLoop:
     def plan(self, number: int) -> list[tuple[Run, Frame]]:
         """Return the runs of a round, whose start frames are those that were labelled before it."""
         settings = self.config.explore
-        starts = (
-            [f for path in settings.start_files for f in read_frames(path)]
-            if settings.start_files
-            else self.known(number)
-        )
+        files = settings.start_files
+        starts = [f for path in files for f in read_frames(path)] if files else self.known(number)
         return plan_runs(settings, [f for f in starts if len(f) > 1] or starts, self.config.seed, number)
 
     def known(self, number: int) -> list[Frame]:
@@ -245,8 +247,8 @@ class ActiveLoop:
         if self.state.result(number, "pick") is not None:
             return
         known, tried = self.known(number), self.state.tried()
-        seen = {frame_key(s.frame): s for s in explored(self.plan(number), self.state.round(number) / "runs", limits)}
-        candidates = [s for key, s in seen.items() if key not in tried]
+        seen = explored(self.state.result(number, "explore"), self.state.round(number) / "runs", limits)
+        candidates = [s for key, s in {frame_key(s.frame): s for s in seen}.items() if key not in tried]
         picks, pool = self._choose(number, candidates, known, models, limits)
         frames = [
             replace(
@@ -277,7 +279,10 @@ class ActiveLoop:
         features, before = scaled_features(own, before)
         sigma, threshold = np.array([s.sigma for s in seen]), limits.threshold
         if len(models) > 1:
-            sigma, threshold = self._committee(number, models, frames, known)
+            split = read_json(self.state.round(number) / "model" / "split.json")["calibration"]
+            held = {int(source.rpartition("#")[2]) for source in split}
+            calibration = [frame for index, frame in enumerate(known) if index in held] or known
+            sigma, threshold = committee_sigma(models, frames, calibration, self.config.explore.quantile)
         pool = Pool(sigma, threshold, features, before)
         count = min(settings.size(number), self.config.stop.labels - len(known))
         rng = np.random.default_rng([self.config.seed, number, 1])
@@ -286,21 +291,6 @@ class ActiveLoop:
         )
         check = Random(settings.min_distance, "check").pick(pool, min(settings.check, count), rng)
         return [*check, *strategy.pick(pool, count - len(check), rng, check)], pool
-
-    def _committee(
-        self, number: int, models: Sequence[TrainedModel], frames: Sequence[Frame], known: Sequence[Frame]
-    ) -> tuple[np.ndarray, float]:
-        """Return the largest force spread of several networks on each frame, and its quantile on the calibration frames."""
-        committee = Committee(models)
-
-        def spread(of: Sequence[Frame]) -> np.ndarray:
-            found = predict_frames(committee, of, what="committee")
-            return np.array([np.linalg.norm(p.std["forces"], axis=1).max() for p in found])
-
-        split = read_json(self.state.round(number) / "model" / "split.json")
-        held = {int(source.rpartition("#")[2]) for source in split["calibration"]}
-        own = spread([frame for index, frame in enumerate(known) if index in held] or known)
-        return spread(frames), float(np.quantile(own, self.config.explore.quantile))
 
     def _label(self, number: int) -> None:
         if self.state.result(number, "label") is not None:

@@ -14,9 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from forcedrop.evaluation import predict_frames
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, group_by_atoms, pair_vectors
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
+from forcedrop.training import Committee, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,19 @@ def _distances(pool: Pool, chosen: Sequence[Pick]) -> np.ndarray:
 def _rms(rows: np.ndarray, row: np.ndarray) -> np.ndarray:
     found: np.ndarray = np.sqrt(np.mean(np.square(rows - row), axis=1))
     return found
+
+
+def committee_sigma(
+    models: Sequence[TrainedModel], frames: Sequence[Frame], calibration: Sequence[Frame], quantile: float
+) -> tuple[np.ndarray, float]:
+    """Return the largest force spread of several networks on each frame [eV/Å], and its quantile on the calibration frames."""
+    committee = Committee(models)
+
+    def spread(of: Sequence[Frame]) -> np.ndarray:
+        found = predict_frames(committee, of, what="committee")
+        return np.array([np.linalg.norm(p.std["forces"], axis=1).max() for p in found])
+
+    return spread(frames), float(np.quantile(spread(calibration), quantile))
 
 
 def structure_features(model: TrainedModel, frames: Sequence[Frame]) -> np.ndarray:
