@@ -3,6 +3,7 @@
     python benchmarks/active_learning.py prepare             # start and test frames, some ten minutes
     python benchmarks/active_learning.py run uncertain 0     # also random, committee; seeds 0, 1, 2; goes on after a kill
     python benchmarks/active_learning.py judge               # table, results/active_learning.json and .png, of the loops so far
+    python benchmarks/active_learning.py copper              # the periodic example, some ten minutes; results/active_copper.json
 
 Each strategy explores with its own models at 300, 600 and 1200 K and picks from these trajectories: ``uncertain`` by σ of one
 network and distance, ``committee`` by the spread of three networks and distance, ``random`` at random. All else is the same.
@@ -20,14 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms, units
+from ase.build import bulk
 from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
 from ase.md.langevin import Langevin
+from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from ase.md.velocitydistribution import thermalize_momenta
 from common import RESULTS, environment, read_results, write_results
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from forcedrop.active import ActiveLoop
+from forcedrop.active import ActiveLoop, load_active_config
 from forcedrop.active.audit import round_rows
 from forcedrop.active.config import parse_active_config
 from forcedrop.evaluation import evaluate
@@ -53,12 +57,15 @@ def main() -> None:
     loop.add_argument("strategy", choices=STRATEGIES)
     loop.add_argument("seed", type=int, choices=SEEDS)
     parts.add_parser("judge")
+    parts.add_parser("copper")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "prepare":
         prepare(arguments.data)
     elif arguments.part == "run":
         print(run(arguments.strategy, arguments.seed, arguments.data))
+    elif arguments.part == "copper":
+        copper()
     else:
         judge()
 
@@ -206,6 +213,66 @@ def judge() -> None:
     write_results("active_learning", results)
     print(json.dumps(results["labels_saved"], indent=1))
     save_figure(figure(rows), RESULTS / "active_learning.png")
+
+
+def copper() -> None:
+    """Run the loop of ``examples/configs/active_copper.yaml`` and judge every round on copper that melts, with EMT itself."""
+    config = load_active_config(ROOT / "examples" / "configs" / "active_copper.yaml")
+    folder = config.state
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        print(rounds_table(rows), flush=True)
+        if any(row["verdict"] is not None for row in rows):
+            save_figure(active_figure(rows), RESULTS / "active_copper.png")
+
+    loop = ActiveLoop(config, show)
+    reason = loop.run()
+    if not (folder / "test.h5").exists():
+        write_frames(folder / "test.h5", [f for k, t in enumerate((600, 1400, 2500)) for f in melting(t, k)])
+    test, rows = read_frames(folder / "test.h5"), []
+    for row in round_rows(loop.state):
+        found = evaluate(load_model(loop.state.round(row["round"]) / "model" / "model.pt", torch.device("cpu")), test)
+        reports = found.reports()
+        rows.append(
+            {
+                "round": row["round"], "labels": row["labels"], "flagged": row["flagged"], "candidates": row["candidates"],
+                "verdict": row["verdict"], "fresh_force_rmse_meV_A": _milli(row["force_rmse_eV_A"]), "fresh_z2": row["z2"],
+                "test_force_rmse_meV_A": _milli(reports["forces"].rmse), "test_force_z2": round(reports["forces"].z2, 3),
+                "test_energy_rmse_meV_atom": _milli(reports["energy"].rmse),
+                "test_stress_rmse_meV_A3": round(1e3 * reports["stress"].rmse, 4),
+                "test_stress_z2": round(reports["stress"].z2, 3),
+            }
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    write_results(
+        "active_copper", {"rounds": rows, "ended": reason, "test_frames": len(test), "environment": environment(0)}
+    )
+
+
+def melting(temperature: float, number: int) -> list[Frame]:
+    """Return frames of isobaric dynamics of 31 copper atoms and a vacancy with EMT, after 4 ps, one every 0.1 ps."""
+    atoms = bulk("Cu", "fcc", a=3.6, cubic=True).repeat(2)
+    del atoms[0]
+    atoms.calc = EMT()
+    thermalize_momenta(atoms, temperature_K=temperature, rng=np.random.default_rng([2026, number]))
+    dynamics = IsotropicMTKNPT(
+        atoms, 2 * units.fs, temperature_K=temperature, pressure_au=0.0, tdamp=100 * units.fs, pdamp=1000 * units.fs
+    )
+    dynamics.run(2000)
+    frames = []
+    for _ in range(20):
+        dynamics.run(50)
+        labels = {
+            "energy": float(atoms.get_potential_energy()),
+            "forces": atoms.get_forces(),
+            "stress": atoms.get_stress(),
+        }
+        frames.append(Frame.from_atoms(atoms, source=f"{temperature:g}K", **labels))
+    return frames
+
+
+def _milli(value: float | None) -> float | None:
+    return None if value is None else round(1e3 * value, 2)
 
 
 def mean_curve(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:

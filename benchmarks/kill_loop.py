@@ -48,13 +48,15 @@ class Counting(EMT):
         line = {"z": atoms.numbers.tolist(), "pos": atoms.positions.tolist(), "cell": atoms.cell.array.tolist()}
         with (Path(__file__).parent / "calls.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\\n")
-        time.sleep(0.1)
+        time.sleep(PAUSE)
         super().calculate(atoms, properties, system_changes)
 
 
 def make():
     return Counting()
 '''
+PAUSE = 0.5
+"""Of every label [s], so that kills meet labels, too."""
 
 
 def main() -> None:
@@ -120,7 +122,7 @@ def compare(folder: Path, kills: int, seed: int, start: Start | None = None, **c
 def set_up(folder: Path, changes: dict[str, Any]) -> Path:
     """Write the file of a loop, its oracle and its start frames."""
     folder.mkdir(parents=True)
-    (folder / "counting.py").write_text(ORACLE)
+    (folder / "counting.py").write_text(ORACLE.replace("PAUSE", str(PAUSE)))
     rng = np.random.default_rng(7)
     frames = []
     for _ in range(12):
