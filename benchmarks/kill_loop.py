@@ -55,7 +55,7 @@ class Counting(EMT):
 def make():
     return Counting()
 '''
-PAUSE = 0.5
+PAUSE = 0.3
 """Of every label [s], so that kills meet labels, too."""
 
 
@@ -86,36 +86,44 @@ Start = Callable[[Path], Process]
 
 
 def compare(folder: Path, kills: int, seed: int, start: Start | None = None, **changes: Any) -> dict[str, Any]:
-    """Return what became of a loop in peace and of one that was killed.
+    """Return what became of a loop in peace and of those that were killed, as many as it takes for so many kills.
 
     Args:
-        folder: for both.
-        kills: how often.
+        folder: for all.
+        kills: how often in all.
         seed: of the moments.
         start: how to start a loop, by default as a command.
         changes: of the file of the loop.
     """
     start = start or begin
-    peace, war = set_up(folder / "peace", changes), set_up(folder / "war", changes)
+    peace = set_up(folder / "peace", changes)
     clock = time.monotonic()
-    if start(peace).wait():
+    process = start(peace)
+    begun = until_it_works(peace, process)
+    if process.wait():
         raise RuntimeError("the loop in peace failed")
-    whole = time.monotonic() - clock
-    moments = kill(war, kills, np.random.default_rng(seed), whole, start)
-    again = judge(war, moments["done"])
-    reference = judge(peace, [])
+    work = time.monotonic() - clock - begun
+    rng, reference = np.random.default_rng(seed), judge(peace, [])
+    stages: list[str] = []
+    wars: list[dict[str, Any]] = []
+    while len(stages) < kills:
+        war = set_up(folder / f"war-{len(wars)}", changes)
+        more, done = kill(war, kills - len(stages), rng, work / min(kills, 10), start)
+        stages += more
+        wars.append(judge(war, done))
     return {
-        "kills": len(moments["stages"]),
-        "killed_in": dict(Counter(moments["stages"])),
-        "seconds_in_peace": round(whole, 1),
-        "labels": {"in peace": reference["labels"], "killed": again["labels"]},
-        "same_frames": reference["keys"] == again["keys"],
-        "same_labels": reference["hash"] == again["hash"],
-        "valid_store": again["valid"],
-        "calls": {"in peace": reference["calls"], "killed": again["calls"]},
-        "calls_cut_off": again["calls"] - again["labels"],
-        "labelled_twice": again["twice"],
-        "attempts_that_failed": again["failures"],
+        "kills": len(stages),
+        "killed_in": dict(Counter(stages)),
+        "loops_killed": len(wars),
+        "seconds_of_work_in_peace": round(work, 1),
+        "labels": {"in peace": reference["labels"], "killed": [war["labels"] for war in wars]},
+        "same_frames": all(war["keys"] == reference["keys"] for war in wars),
+        "same_labels": all(war["hash"] == reference["hash"] for war in wars),
+        "valid_store": all(war["valid"] for war in wars),
+        "calls": {"in peace": reference["calls"], "killed": [war["calls"] for war in wars]},
+        "calls_cut_off": sum(war["calls"] - war["labels"] for war in wars),
+        "labelled_twice": sum(war["twice"] for war in wars),
+        "attempts_that_failed": sum(war["failures"] for war in wars),
     }
 
 
@@ -169,17 +177,27 @@ def begin(folder: Path) -> Process:
         )
 
 
-def kill(folder: Path, kills: int, rng: np.random.Generator, whole: float, start: Start) -> dict[str, Any]:
-    """Kill the loop at random moments, then let it end; return where it was, and what was done, at each.
+def kill(
+    folder: Path, most: int, rng: np.random.Generator, between: float, start: Start
+) -> tuple[list[str], list[tuple[set[str], Counter[str]]]]:
+    """Kill a loop at random moments until it is over, or as often as asked, and then let it end.
 
-    A moment is drawn evenly from a share of the work, after what a start takes.
+    Args:
+        folder: of the loop.
+        most: kills at most.
+        rng: of the moments.
+        between: time that a loop works until it is killed, on average [s].
+        start: how to start a loop.
+
+    Returns:
+        The stage that each kill met, and the labels that were done then, with the calls for each.
     """
     stages, done = [], []
-    begun = _until_it_works(folder, start)
-    while len(stages) < kills:
+    while len(stages) < most:
         process = start(folder)
+        until_it_works(folder, process)
         try:
-            status = process.wait(begun + rng.uniform(0, max(whole - begun, 1.0) / kills))
+            status = process.wait(rng.uniform(0, 2 * between))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
@@ -188,24 +206,25 @@ def kill(folder: Path, kills: int, rng: np.random.Generator, whole: float, start
             continue
         if status:
             raise RuntimeError(f"the loop ended with status {status}")
-        break  # it was over before its time
+        break
     for _ in range(2):  # to its end, and once more: then there is nothing left to do
         if start(folder).wait():
             raise RuntimeError("the loop failed after the last kill")
         done.append((labels_done(folder), calls(folder)))
-    return {"stages": stages, "done": done}
+    return stages, done
 
 
-def _until_it_works(folder: Path, start: Start) -> float:
-    """Return how long a start takes until the first thing appears, and kill it then: a kill that is not counted."""
-    clock = time.monotonic()
-    process = start(folder)
-    while not (folder / "state" / "loop.json").exists():
-        time.sleep(0.02)
-    begun = time.monotonic() - clock
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    return begun
+def until_it_works(folder: Path, process: Process) -> float:
+    """Wait until a loop that was just started writes its first file, or ends; return how long it took [s]."""
+    clock, path = time.monotonic(), folder / "state" / "loop.json"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while not (path.exists() and path.stat().st_mtime_ns > before):
+        try:
+            process.wait(0.01)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    return time.monotonic() - clock
 
 
 def stage(folder: Path) -> str:

@@ -34,13 +34,14 @@ def test_a_killed_loop_ends_as_one_in_peace(tmp_path, monkeypatch, kills: int) -
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import kill_loop
 
+    monkeypatch.setattr(kill_loop, "PAUSE", 0.02 if kills < 20 else kill_loop.PAUSE)
     changes = {"start": Fork, "stop": {"labels": 15}, "retraining": {"steps": 8}} if kills < 20 else {}
     found = kill_loop.compare(tmp_path, kills, seed=1, **changes)
     assert found["kills"] == kills
-    assert found["labels"]["killed"] == found["labels"]["in peace"] == found["calls"]["in peace"]
+    assert set(found["labels"]["killed"]) == {found["labels"]["in peace"]} == {found["calls"]["in peace"]}
     assert found["same_frames"]
     assert found["same_labels"]
     assert found["valid_store"]
     assert found["labelled_twice"] == 0
     assert found["attempts_that_failed"] == 0
-    assert found["calls_cut_off"] <= kills + 1
+    assert found["calls_cut_off"] <= kills
