@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from forcedrop.report.tables import format_table
 
@@ -66,6 +66,9 @@ def active_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     honest.axhline(1, color=_GREY, lw=0.8)
     honest.errorbar(number, z2, yerr=np.abs(ends - z2), fmt="o-", color=_BLUE, capsize=3)
     honest.set_yscale("log")
+    honest.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    honest.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    honest.yaxis.set_minor_formatter(NullFormatter())
     honest.set_ylabel("mean z² of fresh labels, 95 %")
     labels.step([row["round"] for row in rows], [row["labels"] for row in rows], "o-", where="mid", color=_BLUE)
     labels.set_ylabel("labels trained on")
