@@ -201,8 +201,10 @@ class ActiveLoop:
             )
         return [load_model(folder / MODEL) for folder in folders]
 
-    def limits(self, model: TrainedModel) -> Limits:
-        """Return where frames are flagged and runs end, by a model.
+    def limits(self, number: int, model: TrainedModel) -> Limits:
+        """Return where frames are flagged and runs end in a round, by its model.
+
+        What was flagged once stays flagged: uncertain frames that join the calibration frames do not raise the threshold.
 
         Raises:
             ValueError: if runs would end before anything is flagged.
@@ -216,7 +218,8 @@ class ActiveLoop:
                 f"`explore.stop_above` must be above the threshold of flagging, got {stop:.3g} and {threshold:.3g} eV/Å: this "
                 "model is too unsure of its own calibration frames to explore with; start from more frames, or train for longer"
             )
-        return Limits(threshold, stop, settings.hottest, settings.closest)
+        before = [self.state.result(n, "explore")["threshold"] for n in range(1, number)]
+        return Limits(min([threshold, *before]), stop, settings.hottest, settings.closest)
 
     def plan(self, number: int) -> list[tuple[Run, Frame]]:
         """Return the runs of a round, whose start frames are those that were labelled before it."""
@@ -230,7 +233,7 @@ class ActiveLoop:
         return [frame for frame in self.state.frames() if int(frame.info["round"]) < number]
 
     def _explore(self, number: int, model: TrainedModel) -> Limits:
-        limits, folder = self.limits(model), self.state.round(number)
+        limits, folder = self.limits(number, model), self.state.round(number)
         if self.state.result(number, "explore") is None:
             start, plan = time.monotonic(), self.plan(number)
             tqdm.write(

@@ -11,7 +11,7 @@ import yaml
 from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
-from forcedrop.active import ActiveLoop
+from forcedrop.active import ActiveLoop, resolve_threshold
 from forcedrop.active.config import parse_active_config
 from forcedrop.active.state import frame_key
 from forcedrop.cli import app
@@ -171,7 +171,16 @@ def test_again_does_nothing_and_more_budget_goes_on(done) -> None:
 def test_runs_that_would_end_before_anything_is_flagged(done) -> None:
     low = loop(done.state.folder.parent, explore={"stop_above": 1e-9})
     with pytest.raises(ValueError, match="must be above the threshold of flagging, got 1e-09 and"):
-        low.limits(load_model(done.state.folder / "model.pt"))
+        low.limits(1, load_model(done.state.folder / "model.pt"))
+
+
+def test_the_threshold_never_rises(done) -> None:
+    model = load_model(done.state.round(1) / "model" / "model.pt")
+    own = resolve_threshold(model.calibration, "max_force", None, 0.2)
+    assert done.limits(1, model).threshold == own
+    before = [json.loads((done.state.round(n) / "explore.json").read_text())["threshold"] for n in (1, 2)]
+    assert before[1] <= before[0] == own
+    assert done.limits(3, model).threshold == min(before)
 
 
 def test_another_oracle_and_another_loop_are_refused(done) -> None:
