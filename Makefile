@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'forcedrop needs Python 3.11 or newer, this is {sys.version.split()[0]}'"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev,label,examples]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,label,cluster,examples]"
 	touch $(STAMP)
 
 demo: env

@@ -323,6 +323,36 @@ def flag(
 
 @app.command()
 @_clear_errors
+def active(
+    config: Annotated[Path, typer.Argument(help="file of the loop (YAML)", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the file and say what would be done")] = False,
+    status: Annotated[bool, typer.Option("--status", help="print the table of the rounds so far")] = False,
+) -> None:
+    """Explore, flag, label and learn, round after round, as a YAML file says; the same command goes on after a kill."""
+    from forcedrop.active import ActiveLoop, load_active_config
+    from forcedrop.active.audit import round_rows
+    from forcedrop.report import active_figure, rounds_table, save_figure
+
+    settings = load_active_config(config)
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        typer.echo(rounds_table(rows))
+        if any(row["verdict"] is not None for row in rows):
+            save_figure(active_figure(rows), settings.state / "rounds.png")
+
+    loop = ActiveLoop(settings, show)
+    if status:
+        typer.echo(rounds_table(round_rows(loop.state)))
+        typer.echo(loop.stopped() or "not over yet")
+    elif dry_run:
+        typer.echo(loop.describe())
+    else:
+        reason = loop.run()
+        typer.echo(f"{reason}; {settings.state / 'model.pt'} is trained on {len(loop.state.frames())} labels")
+
+
+@app.command()
+@_clear_errors
 def info(
     path: Annotated[Path, typer.Argument(help="a model or any file of structures", show_default=False)],
     skip_bad: SkipBad = False,

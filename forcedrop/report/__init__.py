@@ -1,5 +1,6 @@
 """Figures, tables and the page of results."""
 
+from forcedrop.report.active import active_figure, rounds_table
 from forcedrop.report.figures import (
     comparison_figure,
     detection_figure,
@@ -29,6 +30,7 @@ __all__ = [
     "Plain",
     "Section",
     "Text",
+    "active_figure",
     "comparison_figure",
     "comparison_rows",
     "comparison_table",
@@ -44,6 +46,7 @@ __all__ = [
     "ranking_csv",
     "report_page",
     "results_page",
+    "rounds_table",
     "run_figure",
     "save_figure",
     "sigma_figure",

@@ -12,7 +12,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import Symbols
 
-from forcedrop.active import UNITS, Flags
+from forcedrop.active.flagging import UNITS, Flags
 from forcedrop.evaluation import Evaluation
 from forcedrop.metrics import UncertaintyReport
 from forcedrop.report.labels import LABEL

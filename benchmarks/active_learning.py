@@ -1,0 +1,331 @@
+"""Labels that a loop picks against labels at random: 3BPA with GFN2-xTB, from 30 frames at 300 K to 200, judged at 1200 K.
+
+    python benchmarks/active_learning.py prepare             # start and test frames, some ten minutes
+    python benchmarks/active_learning.py run uncertain 0     # also random, committee; seeds 0, 1, 2; goes on after a kill
+    python benchmarks/active_learning.py judge               # table, results/active_learning.json and .png, of the loops so far
+    python benchmarks/active_learning.py copper              # the periodic example, some ten minutes; results/active_copper.json
+
+Each strategy explores with its own models at 300, 600 and 1200 K and picks from these trajectories: ``uncertain`` by σ of one
+network and distance, ``committee`` by the spread of three networks and distance, ``random`` at random. All else is the same.
+Every network (32 channels, messages up to l = 1) is trained anew in every round for the same number of steps; a committee is
+judged by its first member. The test set is dynamics at 1200 K with GFN2-xTB itself, from other start structures and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.build import bulk
+from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
+from ase.md.langevin import Langevin
+from ase.md.nose_hoover_chain import IsotropicMTKNPT
+from ase.md.velocitydistribution import thermalize_momenta
+from common import RESULTS, environment, read_results, write_results
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from forcedrop.active import ActiveLoop, load_active_config
+from forcedrop.active.audit import round_rows
+from forcedrop.active.config import parse_active_config
+from forcedrop.evaluation import evaluate
+from forcedrop.report import active_figure, rounds_table, save_figure
+from forcedrop.structures import Frame, read_frames, write_frames
+from forcedrop.training import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "active_learning"
+STRATEGIES, SEEDS = ("uncertain", "random", "committee"), (0, 1, 2)
+START, BATCHES, BUDGET = 30, [20, 30, 40, 80], 200
+STEPS = 2000
+TEST_RUNS, TEST_FRAMES = 4, 50
+
+
+def main() -> None:
+    """Prepare, run one loop, or judge all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "3bpa")
+    parts = parser.add_subparsers(dest="part", required=True)
+    parts.add_parser("prepare")
+    loop = parts.add_parser("run")
+    loop.add_argument("strategy", choices=STRATEGIES)
+    loop.add_argument("seed", type=int, choices=SEEDS)
+    parts.add_parser("judge")
+    parts.add_parser("copper")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.part == "prepare":
+        prepare(arguments.data)
+    elif arguments.part == "run":
+        print(run(arguments.strategy, arguments.seed, arguments.data))
+    elif arguments.part == "copper":
+        copper()
+    else:
+        judge()
+
+
+def reference() -> Calculator:
+    from tblite.ase import TBLite
+
+    return TBLite(method="GFN2-xTB", verbosity=0)
+
+
+def labelled(atoms: Atoms, calculator: Calculator, source: str) -> Frame:
+    atoms.calc = calculator
+    energy, forces = float(atoms.get_potential_energy()), np.array(atoms.get_forces())
+    return Frame.from_atoms(atoms, source=source, energy=energy, forces=forces)
+
+
+def geometries(data: Path, seed: int) -> tuple[list[Atoms], list[Atoms]]:
+    """Return 30 structures to start a loop from, and those that tests start from, the same for every seed; from 300 K frames."""
+    frames = read_frames(data / "train_300K.xyz")
+    order = np.random.default_rng(2026).permutation(len(frames))
+    test, rest = order[:TEST_RUNS], order[TEST_RUNS:]
+    start = np.random.default_rng([2026, seed]).permutation(rest)[:START]
+    pick = [[Atoms(numbers=frames[i].z, positions=frames[i].pos) for i in rows] for rows in (start, test)]
+    return pick[0], pick[1]
+
+
+def prepare(data: Path) -> None:
+    """Label the start frames and the isolated atoms, and run the test dynamics."""
+    if not (RUNS / "atoms.h5").exists():
+        singles = [labelled(Atoms(symbol), reference(), "atoms") for symbol in ("H", "C", "N", "O")]
+        write_frames(RUNS / "atoms.h5", singles)
+    for seed in SEEDS:
+        if not (RUNS / f"start_{seed}.h5").exists():
+            chosen = geometries(data, seed)[0]
+            write_frames(RUNS / f"start_{seed}.h5", [labelled(a, reference(), f"300K_{seed}") for a in chosen])
+    parts = []
+    for number, atoms in enumerate(geometries(data, 0)[1]):
+        path = RUNS / f"test_{number}.h5"
+        if not path.exists():
+            write_frames(path, hot(atoms, np.random.default_rng([2026, 77, number])))
+        parts += read_frames(path)
+    write_frames(RUNS / "test_1200K.h5", parts)
+
+
+def hot(atoms: Atoms, rng: np.random.Generator) -> list[Frame]:
+    """Return frames of Langevin dynamics at 1200 K with GFN2-xTB, after 1 ps, one every 40 fs."""
+    atoms.calc = reference()
+    thermalize_momenta(atoms, temperature_K=1200, rng=rng)
+    dynamics = Langevin(atoms, 1.0 * units.fs, temperature_K=1200, friction=0.02 / units.fs, rng=rng, fixcm=False)
+    dynamics.run(1000)
+    frames = []
+    for _ in tqdm(range(TEST_FRAMES), desc="3BPA at 1200 K", unit="frame"):
+        dynamics.run(40)
+        frames.append(
+            Frame.from_atoms(
+                atoms, source="1200K", energy=float(atoms.get_potential_energy()), forces=atoms.get_forces()
+            )
+        )
+    return frames
+
+
+def settings(strategy: str, seed: int) -> dict[str, Any]:
+    """Return the file of a loop."""
+    return {
+        "state": str(RUNS / f"{strategy}-{seed}"),
+        "start": {"files": [str(RUNS / f"start_{seed}.h5")]},
+        "oracle": {"name": "tblite:GFN2-xTB"},
+        "training": {
+            "model": {"cutoff": 4.0, "cutoff_power": 2, "n_channels": 32, "n_hidden": 32, "l_message": 1},
+            "data": {
+                "isolated_atoms": str(RUNS / "atoms.h5"),
+                "validation_fraction": 0.1,
+                "calibration_fraction": 0.15,
+            },
+            "seed": 10 * seed,
+            "device": "cpu",
+        },
+        "retraining": {"steps": STEPS},
+        "explore": {
+            "temperatures": [300, 600, 1200], "starts": 3, "steps": 1000, "timestep": 0.5, "record_every": 20,
+            "quantile": 0.0, "stop_above": 4.0,
+        },
+        "pick": {"batch": BATCHES, "strategy": strategy},
+        "label": {"timeout": 120},
+        "stop": {"labels": BUDGET},
+        "seed": seed,
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def run(strategy: str, seed: int, data: Path) -> str:
+    """Run a loop to its end, or go on with it."""
+    prepare(data)
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        print(rounds_table(rows), flush=True)
+        if any(row["verdict"] is not None for row in rows):
+            save_figure(active_figure(rows), RUNS / f"{strategy}-{seed}" / "rounds.png")
+
+    return ActiveLoop(parse_active_config(settings(strategy, seed)), show).run()
+
+
+def test_errors(strategy: str, seed: int, test: list[Frame]) -> list[dict[str, Any]]:
+    """Return what the model of every round makes of the test frames; kept beside the loop."""
+    loop = ActiveLoop(parse_active_config(settings(strategy, seed)))
+    cache = loop.state.folder / "test.json"
+    rows: list[dict[str, Any]] = json.loads(cache.read_text()) if cache.exists() else []
+    for row in round_rows(loop.state)[len(rows) :]:
+        found = evaluate(load_model(loop.state.round(row["round"]) / "model" / "model.pt", torch.device("cpu")), test)
+        forces = found.reports()["forces"]
+        rows.append(
+            {
+                "strategy": strategy, "seed": seed, "round": row["round"], "labels": row["labels"],
+                "force_rmse_meV_A": round(1e3 * forces.rmse, 2), "force_z2": round(forces.z2, 3),
+                "energy_rmse_meV": round(1e3 * found.total_energy_rmse, 2),
+                "fresh_force_rmse_meV_A": row["force_rmse_eV_A"] and round(1e3 * row["force_rmse_eV_A"], 2),
+                "fresh_z2": row["z2"] and round(row["z2"], 3), "explored_ps": row["explored_ps"],
+                "stopped": row["stopped"], "train_seconds": round(row["train_seconds"], 1),
+            }
+        )  # fmt: skip
+        cache.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def judge() -> None:
+    """Judge the loops that there are, write table, result file and figure."""
+    test = read_frames(RUNS / "test_1200K.h5")
+    rows: list[dict[str, Any]] = []
+    for strategy in STRATEGIES:
+        for seed in SEEDS:
+            if (RUNS / f"{strategy}-{seed}").exists():
+                rows += test_errors(strategy, seed, test)
+    for row in rows:
+        print(
+            f"{row['strategy']:10} {row['seed']} {row['labels']:4} {row['force_rmse_meV_A']:8.1f} meV/Å z² {row['force_z2']}"
+        )
+    curves = {s: mean_curve([row for row in rows if row["strategy"] == s]) for s in STRATEGIES}
+    results = read_results("active_learning") | {
+        "rows": rows,
+        "curves": {name: [list(point) for point in curve] for name, curve in curves.items() if curve},
+        "labels_saved": {s: saved(curves["random"], curves[s]) for s in ("uncertain", "committee") if curves[s]},
+        "test_frames": len(test),
+        "environment": environment(0),
+    }
+    write_results("active_learning", results)
+    print(json.dumps(results["labels_saved"], indent=1))
+    save_figure(figure(rows), RESULTS / "active_learning.png")
+
+
+def copper() -> None:
+    """Run the loop of ``examples/configs/active_copper.yaml`` and judge every round on copper that melts, with EMT itself."""
+    config = load_active_config(ROOT / "examples" / "configs" / "active_copper.yaml")
+    folder = config.state
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        print(rounds_table(rows), flush=True)
+        if any(row["verdict"] is not None for row in rows):
+            save_figure(active_figure(rows), RESULTS / "active_copper.png")
+
+    loop = ActiveLoop(config, show)
+    reason = loop.run()
+    if not (folder / "test.h5").exists():
+        write_frames(folder / "test.h5", [f for k, t in enumerate((600, 1400, 2500)) for f in melting(t, k)])
+    test, rows = read_frames(folder / "test.h5"), []
+    for row in round_rows(loop.state):
+        found = evaluate(load_model(loop.state.round(row["round"]) / "model" / "model.pt", torch.device("cpu")), test)
+        reports = found.reports()
+        rows.append(
+            {
+                "round": row["round"], "labels": row["labels"], "flagged": row["flagged"], "candidates": row["candidates"],
+                "verdict": row["verdict"], "fresh_force_rmse_meV_A": _milli(row["force_rmse_eV_A"]), "fresh_z2": row["z2"],
+                "test_force_rmse_meV_A": _milli(reports["forces"].rmse), "test_force_z2": round(reports["forces"].z2, 3),
+                "test_energy_rmse_meV_atom": _milli(reports["energy"].rmse),
+                "test_stress_rmse_meV_A3": round(1e3 * reports["stress"].rmse, 4),
+                "test_stress_z2": round(reports["stress"].z2, 3),
+            }
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    write_results(
+        "active_copper", {"rounds": rows, "ended": reason, "test_frames": len(test), "environment": environment(0)}
+    )
+
+
+def melting(temperature: float, number: int) -> list[Frame]:
+    """Return frames of isobaric dynamics of 31 copper atoms and a vacancy with EMT, after 4 ps, one every 0.1 ps."""
+    atoms = bulk("Cu", "fcc", a=3.6, cubic=True).repeat(2)
+    del atoms[0]
+    atoms.calc = EMT()
+    thermalize_momenta(atoms, temperature_K=temperature, rng=np.random.default_rng([2026, number]))
+    dynamics = IsotropicMTKNPT(
+        atoms, 2 * units.fs, temperature_K=temperature, pressure_au=0.0, tdamp=100 * units.fs, pdamp=1000 * units.fs
+    )
+    dynamics.run(2000)
+    frames = []
+    for _ in range(20):
+        dynamics.run(50)
+        labels = {
+            "energy": float(atoms.get_potential_energy()),
+            "forces": atoms.get_forces(),
+            "stress": atoms.get_stress(),
+        }
+        frames.append(Frame.from_atoms(atoms, source=f"{temperature:g}K", **labels))
+    return frames
+
+
+def _milli(value: float | None) -> float | None:
+    return None if value is None else round(1e3 * value, 2)
+
+
+def mean_curve(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Return (labels, geometric mean over the seeds of the force RMSE) at the numbers of labels that are planned.
+
+    A round that found less than it wanted has other numbers: each loop is a straight line between its points in log–log.
+    """
+    loops = [
+        np.log([(row["labels"], row["force_rmse_meV_A"]) for row in rows if row["seed"] == seed]).T
+        for seed in sorted({row["seed"] for row in rows})
+    ]
+    planned = np.cumsum([START, *BATCHES]).tolist()
+    reached = [n for n in planned if loops and all(np.exp(x[-1]) > n - 0.5 for x, _ in loops)]
+    return [(n, float(np.exp(np.mean([np.interp(np.log(n), x, y) for x, y in loops])))) for n in reached]
+
+
+def saved(random: list[tuple[int, float]], other: list[tuple[int, float]]) -> list[dict[str, Any]]:
+    """Return how many times the labels random picks need for the error that the other has, by number of labels.
+
+    The random curve is a straight line between its points in log–log; where it does not get there, the factor is a lower bound.
+    """
+    found = []
+    if len(random) < 2:
+        return found
+    x, y = np.log(np.array(random)).T
+    y = np.minimum.accumulate(y)
+    for labels, error in other[1:]:
+        reached = np.log(error) >= y[-1]
+        needed = float(np.exp(np.interp(-np.log(error), -y, x))) if reached else float(random[-1][0])
+        found.append(
+            {"labels": labels, "rmse": round(error, 2), "factor": round(needed / labels, 2), "at_least": not reached}
+        )
+    return found
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Return the test error against the number of labels, a thin line a loop and a thick one the mean."""
+    drawing = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = drawing.subplots()
+    for strategy, colour in zip(STRATEGIES, ("#2c6fbb", "#888888", "#c0392b"), strict=True):
+        own = [row for row in rows if row["strategy"] == strategy]
+        for seed in sorted({row["seed"] for row in own}):
+            line = [(r["labels"], r["force_rmse_meV_A"]) for r in own if r["seed"] == seed]
+            axes.plot(*zip(*line, strict=True), "-", lw=0.7, color=colour, alpha=0.5)
+        if curve := mean_curve(own):
+            axes.plot(*zip(*curve, strict=True), "o-", color=colour, label=strategy)
+    axes.set(xscale="log", yscale="log", xlabel="labels", ylabel="force RMSE at 1200 K [meV/Å]")
+    ticks = [START, *np.cumsum([START, *BATCHES])[1:].tolist()]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    return drawing
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The file of a learning loop: one YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forcedrop.training import ConfigError, TrainConfig, parse_config
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StartSection(_Section):
+    """What is known at first."""
+
+    files: list[Path] = Field(description="labelled frames, or structures to label", min_length=1)
+    frames: int | None = Field(None, ge=1, description="so many of them, drawn at random; all otherwise")
+    relabel: bool = Field(False, description="label all of them with the oracle; otherwise only those without labels")
+
+
+class OracleSection(_Section):
+    """The reference method."""
+
+    name: str = Field(description="emt, tblite:GFN2-xTB (or another method), or module:function")
+    settings: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the calculator")
+    retry_settings: dict[str, Any] = Field(
+        default_factory=dict, description="those that change when a label is tried again, such as more SCF cycles"
+    )
+
+
+class RetrainingSection(_Section):
+    """How long a round trains, anew on all labels; the rest is in `training`."""
+
+    steps: int | None = Field(
+        None, ge=1, description="steps of stage one, whatever the number of labels; otherwise `training` says epochs"
+    )
+    most_epochs: int = Field(2000, ge=1, description="limit on the epochs that `steps` comes to")
+
+
+class ExploreSection(_Section):
+    """Dynamics with the model of the round."""
+
+    temperatures: list[float] = Field(min_length=1, description="of thermostat and first velocities [K]")
+    starts: int = Field(2, ge=1, description="structures to start from, at each temperature")
+    start_files: list[Path] | None = Field(
+        None, description="where they are drawn from; otherwise among all labelled frames"
+    )
+    seeds: int = Field(1, ge=1, description="runs from each start")
+    steps: int = Field(1000, ge=1, description="of each run")
+    timestep: float = Field(0.5, gt=0, description="[fs]")
+    record_every: int = Field(20, ge=1, description="steps between records, which are what can be picked")
+    ensemble: Literal["nve", "nvt", "npt"] = "nvt"
+    friction: float = Field(0.02, ge=0, description="[1/fs], for nvt")
+    pressure: float = Field(0.0, description="[GPa], for npt")
+    samples: int | None = Field(None, ge=2, description="K; by default the model's")
+    quantile: float = Field(
+        0.95, ge=0, le=1, description="flagged is a largest force σ above this of calibration frames"
+    )
+    threshold: float | None = Field(None, ge=0, description="instead: this σ [eV/Å]")
+    stop_factor: float = Field(10.0, gt=1, description="a run ends where σ is so many times the threshold")
+    stop_above: float | None = Field(None, gt=0, description="instead: this σ [eV/Å]")
+    closest: float = Field(
+        0.6, ge=0, lt=1, description="atoms nearer than this share of their radii's sum: a run's end"
+    )
+    hottest: float = Field(4.0, gt=1, description="an instantaneous temperature of so many times the target: likewise")
+    workers: int = Field(1, ge=1, description="runs at once")
+
+
+class PickSection(_Section):
+    """What is labelled next."""
+
+    batch: int | list[int] = Field(20, description="labels a round; a list is by round, its last entry for those after")
+    strategy: Literal["uncertain", "random", "committee"] = Field(
+        "uncertain", description="by σ and distance; at random; by σ of several networks and distance"
+    )
+    members: int = Field(3, ge=2, description="networks of a committee")
+    min_distance: float = Field(0.1, ge=0, description="between picks, and to what is labelled; nearer are duplicates")
+    check: int = Field(0, ge=0, description="of a batch, so many are drawn at random, to judge σ without a choice")
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        sizes = self.batch if isinstance(self.batch, list) else [self.batch]
+        if not sizes or min(sizes) < 1 or self.check > min(sizes):
+            raise ValueError(f"`batch` must be positive and at least `check`, got {self.batch} and {self.check}")
+        return self
+
+    def size(self, number: int) -> int:
+        """Return the labels of round ``number``, from 1 on."""
+        return self.batch if isinstance(self.batch, int) else self.batch[min(number, len(self.batch)) - 1]
+
+
+class LabelSection(_Section):
+    """Where labels are computed, and which are believed."""
+
+    workers: int = Field(1, ge=1, description="labels at once")
+    cluster: str | None = Field(None, description="address of a Dask scheduler, or `local`; otherwise processes here")
+    timeout: float = Field(3600.0, gt=0, description="of a label [s]")
+    threads: int = Field(1, ge=1, description="of each label")
+    retries: int = Field(1, ge=0, description="further attempts at a label that failed")
+    largest_force: float = Field(100.0, gt=0, description="labels with a force above are refused [eV/Å]")
+    stress: bool = Field(True, description="of periodic structures, where the oracle has it")
+
+
+class StopSection(_Section):
+    """When it is over."""
+
+    labels: int = Field(description="the budget: labels in all, those of the start frames included", ge=1)
+    force_rmse: float | None = Field(
+        None, gt=0, description="wanted on fresh labelled frames [eV/Å]; without it only the budget ends the loop"
+    )
+    z2: tuple[float, float] = Field((0.5, 2.0), description="mean z² of forces between these: error and σ agree")
+    rounds: int = Field(100, ge=1, description="at most")
+
+
+class ActiveConfig(_Section):
+    """The whole file."""
+
+    state: Path = Field(description="folder of everything the loop knows and makes")
+    start: StartSection
+    oracle: OracleSection
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="as in a training file, without `output`, `data.train` and `data.validation`"
+    )
+    retraining: RetrainingSection = RetrainingSection()
+    explore: ExploreSection
+    pick: PickSection = PickSection()
+    label: LabelSection = LabelSection()
+    stop: StopSection
+    seed: int = 0
+    device: str = Field("auto", description="of exploration; that of `training` has its own key")
+    folder: Path = Field(Path(), description="what relative paths are relative to; the file's own folder")
+
+    @model_validator(mode="after")
+    def _training_is_one(self) -> Self:
+        data = self.training.get("data", {})
+        if not isinstance(data, dict):
+            raise ValueError(f"`training.data` must hold keys and values, got {data!r}")
+        given = [k for k in ("output",) if k in self.training] + [
+            f"data.{k}" for k in ("train", "validation") if k in data
+        ]
+        if given:
+            raise ValueError(f"`training` must not hold `{given[0]}`: the loop sees to it")
+        return self
+
+    def train_config(self, frames: Path, output: Path, n_frames: int, member: int = 0) -> TrainConfig:
+        """Return the training of a round.
+
+        Args:
+            frames: the labelled frames.
+            output: folder of the training.
+            n_frames: how many they are.
+            member: of a committee; each has a seed of its own.
+
+        Raises:
+            ConfigError: if the ``training`` block has a fault.
+        """
+        data = dict(self.training.get("data", {}))
+        if isinstance(data.get("isolated_atoms"), str):
+            data["isolated_atoms"] = str(self.folder / data["isolated_atoms"])
+        values = {**self.training, "data": {**data, "train": [str(frames)]}, "output": str(output)}
+        values["seed"] = int(self.training.get("seed", 0)) + member
+        config = parse_config(values, source="`training`")
+        if self.retraining.steps is None:
+            return config
+        held = config.data.validation_fraction + config.data.calibration_fraction * config.gives_error_bars
+        per_epoch = max(1, math.ceil(n_frames * (1 - held) / config.batch_size))
+        epochs = min(max(1, round(self.retraining.steps / per_epoch)), self.retraining.most_epochs)
+        return config.model_copy(update={"stage_one": config.stage_one.model_copy(update={"epochs": epochs})})
+
+
+def load_active_config(path: str | Path) -> ActiveConfig:
+    """Read and check the file of a loop; relative paths in it are relative to the file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or has an unknown or ill-typed key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return parse_active_config(values, str(path), path.parent)
+
+
+def parse_active_config(values: dict[str, Any], source: str = "<memory>", folder: Path | None = None) -> ActiveConfig:
+    """Check the settings of a loop given as nested dictionaries.
+
+    Raises:
+        ConfigError: naming every unknown key with the closest valid one, and every value of a wrong type or range.
+    """
+    folder = folder or Path()
+    try:
+        config = ActiveConfig.model_validate({"folder": folder, **values})
+        training = config.train_config(Path("frames.h5"), Path("model"), 100)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_describe(item)}" for item in error.errors())
+        raise ConfigError(f"{source}:\n{lines}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if not training.gives_error_bars:
+        raise ConfigError(f"{source}: a model of this `training` gives no error bars to pick by")
+    if config.explore.threshold is None and not training.data.calibration_fraction:
+        raise ConfigError(
+            f"{source}: `explore.quantile` is one of calibration frames: `training.data.calibration_fraction` must not be 0, "
+            "or give an `explore.threshold`"
+        )
+    explore, files = config.explore, config.explore.start_files
+    return config.model_copy(
+        update={
+            "state": folder / config.state,
+            "start": config.start.model_copy(update={"files": [folder / path for path in config.start.files]}),
+            "explore": explore.model_copy(update={"start_files": files and [folder / path for path in files]}),
+        }
+    )
+
+
+def _describe(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else f"valid are {', '.join(valid)}"
+        return f"unknown key `{key}`; {hint}"
+    if item["type"] == "missing":
+        return f"missing key `{key}`"
+    message = item["msg"].removeprefix("Value error, ")
+    where = f"`{key}`: " if key else ""
+    return f"{where}{message}" + (f", got {item['input']!r}" if key and item["type"] != "value_error" else "")
+
+
+def _valid_keys(location: list[str]) -> list[str]:
+    section: type[BaseModel] = ActiveConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [name for name in section.model_fields if name != "folder"]

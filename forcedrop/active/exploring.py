@@ -1,0 +1,262 @@
+"""Dynamics with the model of a round: where it goes, and what of that may be labelled."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import covalent_radii
+
+from forcedrop.active.config import ExploreSection
+from forcedrop.active.state import frame_key, read_json, write_json
+from forcedrop.calculator import DropoutCalculator
+from forcedrop.evaluation import device_of
+from forcedrop.graph import NeighbourFinder
+from forcedrop.md import NPT, NVE, NVT, run_md
+from forcedrop.structures import Frame, FrameStore
+from forcedrop.training import TrainedModel, load_model
+
+DONE = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trajectory to compute.
+
+    Attributes:
+        name: of its folder.
+        temperature: [K].
+        seed: of velocities and thermostat.
+        start: key of the structure that it starts from.
+    """
+
+    name: str
+    temperature: float
+    seed: int
+    start: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a run ends [eV/Å], [eV/Å], in units of the target temperature, in units of the sum of covalent radii."""
+
+    threshold: float
+    stop_above: float
+    hottest: float
+    closest: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A frame that an exploration came by.
+
+    Attributes:
+        frame: the structure alone.
+        run: what it is of.
+        time: [fs].
+        sigma: its largest atomic force σ [eV/Å].
+    """
+
+    frame: Frame
+    run: Run
+    time: float
+    sigma: float
+
+
+def plan_runs(settings: ExploreSection, starts: Sequence[Frame], seed: int, number: int) -> list[tuple[Run, Frame]]:
+    """Return the runs of round ``number`` and their start structures, drawn anew for each temperature."""
+    rng = np.random.default_rng([seed, number])
+    plan: list[tuple[Run, Frame]] = []
+    for temperature in settings.temperatures:
+        chosen = rng.choice(len(starts), size=settings.starts, replace=len(starts) < settings.starts)
+        for start in chosen:
+            for _ in range(settings.seeds):
+                name = f"{len(plan):03d}_{temperature:g}K"
+                own = int(rng.integers(2**31))
+                plan.append((Run(name, temperature, own, frame_key(starts[start])), starts[start]))
+    return plan
+
+
+def explore(
+    plan: Sequence[tuple[Run, Frame]],
+    model: Path,
+    folder: Path,
+    settings: ExploreSection,
+    limits: Limits,
+    device: str,
+) -> list[dict[str, Any]]:
+    """Compute the runs that are not in ``folder`` yet; return a summary of each (``run.json``)."""
+    jobs = [(run, start, model, folder, settings, limits, device) for run, start in plan]
+    left = [job for job in jobs if not _over(job[0], folder)]
+    if settings.workers > 1 and len(left) > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(settings.workers, len(left)), context, _leave_with, (os.getpid(),)) as pool:
+            list(pool.map(explore_one, *zip(*left, strict=True)))
+    else:
+        for job in left:
+            explore_one(*job)
+    return [read_json(folder / run.name / DONE) for run, _ in plan]
+
+
+def _over(run: Run, folder: Path) -> bool:
+    """Return whether a run is complete; one of other settings in its place is removed."""
+    found = read_json(folder / run.name / DONE)
+    if found is not None and all(found[name] == value for name, value in asdict(run).items()):
+        return True
+    shutil.rmtree(folder / run.name, ignore_errors=True)
+    return False
+
+
+def explore_one(
+    run: Run, start: Frame, model: Path, folder: Path, settings: ExploreSection, limits: Limits, device: str
+) -> None:
+    """Compute one run; its folder appears when it is over."""
+    target = folder / run.name
+    part = folder / f".{run.name}.{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    summary = {**asdict(run), **dynamics(run, start, model, part, settings, limits, device)}
+    write_json(part / DONE, summary)
+    try:
+        part.rename(target)
+    except OSError:  # one that outlived a kill was there first, with the same numbers
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def dynamics(
+    run: Run, start: Frame, model: Path, folder: Path, settings: ExploreSection, limits: Limits, device: str
+) -> dict[str, Any]:
+    """Run molecular dynamics; the one place that calls it.
+
+    Returns:
+        ``stopped`` (the time [fs] at which σ ended the run, or None) and ``exploded`` (what went wrong, or None).
+    """
+    calculator = DropoutCalculator(
+        _model(model, model.stat().st_mtime_ns, device), settings.samples, uncertainty_every=settings.record_every
+    )
+    ensembles: dict[str, NVE | NVT | NPT] = {
+        "nve": NVE(),
+        "nvt": NVT(settings.friction),
+        "npt": NPT(settings.pressure),
+    }
+    stopped, exploded = None, None
+    try:
+        stopped = run_md(
+            start.to_atoms(),
+            calculator,
+            folder,
+            ensemble=ensembles[settings.ensemble],
+            temperature=run.temperature,
+            steps=settings.steps,
+            timestep=settings.timestep,
+            record_every=settings.record_every,
+            seed=run.seed,
+            threshold=limits.threshold,
+            stop_above=limits.stop_above,
+        ).stopped
+    except ValueError as error:
+        if not _recorded(folder):  # it did not even start: the settings are at fault
+            raise
+        exploded = str(error)[:300]
+    return {"stopped": stopped, "exploded": exploded}
+
+
+def _recorded(folder: Path) -> int:
+    path = folder / "md.h5"
+    if not path.exists():
+        return 0
+    with FrameStore(path) as store:
+        return len(store)
+
+
+@lru_cache(maxsize=1)
+def _model(path: Path, changed: int, device: str) -> TrainedModel:
+    """Load a model once for all runs of a process."""
+    return load_model(path, device_of(device))
+
+
+def _leave_with(parent: int) -> None:
+    """Make a process of the pool end with the loop."""
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:
+    """Yield the frames of a run up to the first that shows that it went astray, without the start.
+
+    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature. What comes after means nothing.
+    """
+    with FrameStore(folder / run.name / "md.h5") as store:
+        frames = store[:]
+    for frame in frames:
+        if problem(frame, run, limits) is not None:
+            return
+        if frame.info["step"] > 0:
+            alone = Frame(z=frame.z, pos=frame.pos, cell=frame.cell, pbc=frame.pbc)
+            yield Seen(alone, run, float(frame.info["time_fs"]), float(frame.info["max_force_sigma_eV_A"]))
+
+
+def problem(frame: Frame, run: Run, limits: Limits) -> str | None:
+    """Say why a recorded frame must not be labelled; None if it may."""
+    sigma, temperature = frame.info["max_force_sigma_eV_A"], frame.info["temperature_K"]
+    if not (np.isfinite(sigma) and np.isfinite(frame.pos).all()):
+        return "not finite"
+    if sigma > limits.stop_above:
+        return f"largest force σ {sigma:.3g} eV/Å"
+    if temperature > limits.hottest * run.temperature:
+        return f"{temperature:.0f} K in a run at {run.temperature:g} K"
+    shortest = nearest(frame)
+    if shortest < limits.closest:
+        return f"atoms at {shortest:.2f} of the sum of their radii"
+    return None
+
+
+def nearest(frame: Frame) -> float:
+    """Return the shortest distance in units of the sum of the two atoms' covalent radii; 1 if none is below 1."""
+    radii = covalent_radii[frame.z]
+    edges, shift, _ = NeighbourFinder(2 * float(radii.max()))(frame.pos, frame.cell, frame.pbc)
+    if not edges.shape[1]:
+        return 1.0
+    i, j = edges
+    distance = np.linalg.norm(frame.pos[j] + shift @ frame.cell - frame.pos[i], axis=1)
+    return float(min(1.0, (distance / (radii[i] + radii[j])).min()))
+
+
+def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[Seen]:
+    """Return all acceptable frames of all runs of an exploration; ``found`` as :func:`summary` gives it."""
+    runs = [Run(**{f.name: details[f.name] for f in fields(Run)}) for details in found["details"]]
+    return [seen for run in runs for seen in acceptable(folder, run, limits)]
+
+
+def summary(runs: Sequence[dict[str, Any]], folder: Path, limits: Limits) -> dict[str, Any]:
+    """Return the numbers of an exploration."""
+    total = 0.0
+    for run in runs:
+        last = (folder / run["name"] / "md.csv").read_text(encoding="utf-8").splitlines()
+        column = last[0].split(",").index("time_fs")
+        total += float(last[-1].split(",")[column])
+    return {
+        "threshold": limits.threshold,
+        "stop_above": limits.stop_above,
+        "runs": len(runs),
+        "ps": round(total / 1000, 4),
+        "stopped": sum(run["stopped"] is not None for run in runs),
+        "exploded": sum(run["exploded"] is not None for run in runs),
+        "details": list(runs),
+    }

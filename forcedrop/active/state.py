@@ -1,0 +1,192 @@
+"""What the loop knows, on disk: whatever is written appears whole or not at all, so that a kill at any moment costs only time.
+
+The folder::
+
+    lock                    held by the loop that runs
+    loop.json               what the labels are: oracle and settings
+    labels.h5               every labelled frame, with its origin in ``info``
+    journal.jsonl           a line for every attempt at a label that was started
+    audit.csv rounds.csv    tables, written anew from the rest after every stage
+    rounds/001/             round 1; round 0 labels the start frames
+        model/  model-1/    the training; further members of a committee
+        runs/               one folder a trajectory
+        picks.h5            the frames that were chosen
+        labels/KEY.json     the label of each, or why there is none
+        train.json explore.json pick.json label.json judge.json append.json
+                            written at the end of each stage: a stage whose file is there is over
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forcedrop.structures import Frame, FrameStore
+
+DECIMALS = 6
+"""Of the positions [Å] that tell frames apart."""
+
+
+def frame_key(frame: Frame) -> str:
+    """Return what identifies a structure: a hash of its elements, cell, periodic directions and positions to 1e-6 Å."""
+    digest = hashlib.sha256()
+    digest.update(np.asarray(frame.z, np.int64).tobytes())
+    digest.update(np.asarray(frame.pbc, bool).tobytes())
+    for lengths in (frame.cell, frame.pos):
+        rounded = np.round(np.asarray(lengths, np.float64), DECIMALS) + 0.0  # −0 is 0
+        digest.update(rounded.tobytes())
+    return digest.hexdigest()[:20]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file such that a reader, or whoever comes after a kill, finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values, atomically."""
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False))
+
+
+def read_json(path: Path) -> Any:
+    """Return what :func:`write_json` wrote, or None if there is nothing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class Journal:
+    """Lines that are only ever added, each on disk before the call returns.
+
+    Args:
+        path: the file; made if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def note(self, **values: Any) -> None:
+        """Add a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.stat().st_size > 0 and self.path.read_bytes()[-1:] != b"\n"
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(("\n" if torn else "") + json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all lines; one that a kill cut in two is left out."""
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+
+class State:
+    """The folder, see the module's page.
+
+    Args:
+        folder: made if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = Journal(folder / "journal.jsonl")
+
+    @property
+    def store(self) -> Path:
+        """The file of the labelled frames."""
+        return self.folder / "labels.h5"
+
+    def round(self, number: int) -> Path:
+        """Return the folder of a round."""
+        return self.folder / "rounds" / f"{number:03d}"
+
+    def result(self, number: int, stage: str) -> Any:
+        """Return what a stage left at its end; None if it is not over."""
+        return read_json(self.round(number) / f"{stage}.json")
+
+    def finish(self, number: int, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Note that a stage is over, and what it found."""
+        write_json(self.round(number) / f"{stage}.json", dict(values))
+        return dict(values)
+
+    def rounds(self) -> list[int]:
+        """Return the numbers of the rounds that have begun."""
+        folder = self.folder / "rounds"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+    def frames(self) -> list[Frame]:
+        """Return every labelled frame."""
+        if not self.store.exists():
+            return []
+        with FrameStore(self.store) as store:
+            frames: list[Frame] = store[:]
+        return frames
+
+    def append(self, frames: Iterable[Frame]) -> int:
+        """Add labelled frames to the store, but those it holds already; return how many it holds then."""
+        known = {frame_key(frame) for frame in self.frames()}
+        new = {frame_key(frame): frame for frame in frames}
+        fresh = [frame for key, frame in new.items() if key not in known]
+        if fresh and not self.store.exists():  # HDF5 makes a file in several steps
+            write_frames_atomically(self.store, fresh, {"what": "active learning"})
+        elif fresh:
+            with FrameStore(self.store, "a") as store:
+                store.append(fresh)
+        return len(known) + len(fresh)
+
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        for path in self.folder.rglob(".*.part"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def records(self, number: int) -> dict[str, dict[str, Any]]:
+        """Return the labels of a round, and the failures, by key."""
+        found = [read_json(path) for path in sorted((self.round(number) / "labels").glob("[!.]*.json"))]
+        return {record["key"]: record for record in found}
+
+    def tried(self) -> set[str]:
+        """Return the keys of all structures that were labelled, or could not be."""
+        keys = {frame_key(frame) for frame in self.frames()}
+        return keys.union(*(self.records(number) for number in self.rounds()))
+
+
+def write_frames_atomically(path: Path, frames: list[Frame], provenance: dict[str, Any] | None = None) -> None:
+    """Write a new frame store such that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with FrameStore(temporary, "w", provenance=provenance) as store:
+        store.append(frames)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from forcedrop.active.config import ExploreSection
+from forcedrop.active.exploring import (
+    Limits,
+    Run,
+    acceptable,
+    explore,
+    nearest,
+    plan_runs,
+    problem,
+    summary,
+)
+from forcedrop.active.state import frame_key
+from forcedrop.structures import Frame, FrameStore
+from tests.conftest import emt_frames
+
+LIMITS = Limits(threshold=0.1, stop_above=1.0, hottest=4.0, closest=0.6)
+RUN = Run("000_300K", 300.0, 1, "k")
+
+
+def recorded(step: int, sigma: float = 0.5, temperature: float = 300.0, squeeze: float = 1.0) -> Frame:
+    atoms = bulk("Cu", a=3.6 * squeeze, cubic=True)
+    atoms.rattle(0.01, seed=step)
+    info = {"step": float(step), "time_fs": 2.0 * step, "max_force_sigma_eV_A": sigma, "temperature_K": temperature}
+    return Frame.from_atoms(atoms, info=info)
+
+
+def test_nearest_by_hand() -> None:
+    assert nearest(Frame.from_atoms(Atoms("H2", [[0, 0, 0], [0, 0, 0.31]]))) == pytest.approx(0.5)  # 2 · 0.31 Å
+    assert nearest(Frame.from_atoms(Atoms("CH", [[0, 0, 0], [0, 0, 0.428]]))) == pytest.approx(0.4)  # 0.76 + 0.31
+    assert nearest(Frame.from_atoms(Atoms("H"))) == 1.0
+    wrapped = Atoms("H2", [[0.1, 0, 0], [4.79, 0, 0]], cell=[5, 5, 5], pbc=True)
+    assert nearest(Frame.from_atoms(wrapped)) == pytest.approx(0.5)
+    assert nearest(Frame.from_atoms(molecule("CH3CH2OH"))) > 0.9
+
+
+def test_problems() -> None:
+    assert problem(recorded(5), RUN, LIMITS) is None
+    assert problem(recorded(5, sigma=1.1), RUN, LIMITS) == "largest force σ 1.1 eV/Å"
+    assert problem(recorded(5, temperature=1300), RUN, LIMITS) == "1300 K in a run at 300 K"
+    assert "of the sum of their radii" in str(problem(recorded(5, squeeze=0.5), RUN, LIMITS))
+    assert problem(recorded(5, sigma=np.nan), RUN, LIMITS) == "not finite"
+
+
+def test_nothing_after_an_explosion(tmp_path) -> None:
+    steps = [recorded(0), recorded(5), recorded(10, temperature=5000), recorded(15)]
+    (tmp_path / RUN.name).mkdir()
+    with FrameStore(tmp_path / RUN.name / "md.h5", "w") as store:
+        store.append(steps)
+    seen = list(acceptable(tmp_path, RUN, LIMITS))
+    assert [s.time for s in seen] == [10.0]  # neither the start, nor what is astray, nor what comes after
+    assert frame_key(seen[0].frame) == frame_key(steps[1])
+
+
+def test_plan() -> None:
+    settings = ExploreSection(temperatures=[300, 600], starts=2, seeds=3)
+    starts = emt_frames(5)
+    plan = plan_runs(settings, starts, 0, 1)
+    assert len(plan) == 12
+    assert len({run.name for run, _ in plan}) == 12
+    assert len({run.seed for run, _ in plan}) == 12
+    assert len({run.start for run, _ in plan if run.temperature == 300}) == 2
+    assert all(run.start == frame_key(frame) for run, frame in plan)
+    assert [run for run, _ in plan_runs(settings, starts, 0, 1)] == [run for run, _ in plan]
+    assert [run for run, _ in plan_runs(settings, starts, 0, 2)] != [run for run, _ in plan]
+    assert len(plan_runs(settings, starts[:1], 0, 1)) == 12  # one start for all
+
+
+def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, monkeypatch) -> None:
+    settings = ExploreSection(temperatures=[300, 900], starts=1, steps=10, timestep=2.0, record_every=5, samples=3)
+    plan = plan_runs(settings, emt_frames(3), 0, 1)
+    arguments = (trained_folder / "run" / "model.pt",)
+    limits = Limits(0.0, 1e-6, 4.0, 0.6)
+    rest = (settings, limits, "cpu")
+    found = explore(plan, *arguments, tmp_path / "a", *rest)
+    assert [run["name"] for run in found] == ["000_300K", "001_900K"]
+    assert all(run["stopped"] == 10.0 for run in found)  # the first record after the start
+    numbers = summary(found, tmp_path / "a", limits)
+    assert (numbers["runs"], numbers["stopped"], numbers["exploded"], numbers["ps"]) == (2, 2, 0, 0.02)
+    # one is lost, with a half of it left over
+    wide = Limits(0.0, 1e6, 4.0, 0.6)
+    explore(plan, *arguments, tmp_path / "b", settings, wide, "cpu")
+    before = {run.name: [s.frame.pos for s in acceptable(tmp_path / "b", run, wide)] for run, _ in plan}
+    (tmp_path / "b" / "001_900K").rename(tmp_path / "b" / ".001_900K.1.part")
+    calls = []
+    import forcedrop.active.exploring as module
+
+    original = module.dynamics
+    monkeypatch.setattr(module, "dynamics", lambda run, *a: calls.append(run.name) or original(run, *a))
+    explore(plan, *arguments, tmp_path / "b", settings, wide, "cpu")
+    assert calls == ["001_900K"]
+    # another plan with the same names is not taken for this one
+    explore(plan_runs(settings, emt_frames(3), 1, 1), *arguments, tmp_path / "b", settings, wide, "cpu")
+    assert calls == ["001_900K", "000_300K", "001_900K"]
+    explore(plan, *arguments, tmp_path / "b", settings, wide, "cpu")
+    for run, _ in plan:
+        np.testing.assert_array_equal([s.frame.pos for s in acceptable(tmp_path / "b", run, wide)], before[run.name])
+
+
+def test_several_at_once_are_the_same_runs(trained_folder, tmp_path) -> None:
+    settings = ExploreSection(temperatures=[300], starts=2, steps=4, timestep=2.0, record_every=2, samples=2)
+    plan = plan_runs(settings, emt_frames(3), 0, 1)
+    for workers in (1, 2):
+        own = settings.model_copy(update={"workers": workers})
+        explore(
+            plan, trained_folder / "run" / "model.pt", tmp_path / str(workers), own, Limits(0.0, 1e6, 9.0, 0.1), "cpu"
+        )
+    for run, _ in plan:
+        one, two = ([s.frame.pos for s in acceptable(tmp_path / w, run, Limits(0.0, 1e6, 9.0, 0.1))] for w in "12")
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_wrong_setting_is_no_explosion(trained_folder, tmp_path) -> None:
+    frame = emt_frames(1)[0]
+    free = Frame(**{**vars(frame), "pbc": np.zeros(3, bool)})
+    settings = ExploreSection(temperatures=[300], starts=1, steps=4, record_every=2, ensemble="npt", samples=2)
+    plan = plan_runs(settings, [free], 0, 1)
+    with pytest.raises(ValueError, match="NPT needs a structure that is periodic"):
+        explore(plan, trained_folder / "run" / "model.pt", tmp_path, settings, LIMITS, "cpu")

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from forcedrop.active.config import StopSection
+from forcedrop.active.judging import judge, stop_reason, verdict
+from forcedrop.active.state import frame_key
+from forcedrop.evaluation import evaluate, predict_frames
+from tests.conftest import emt_frames
+
+
+def test_numbers_against_the_evaluation(trained) -> None:
+    fresh = emt_frames(5, seed=21)
+    found = judge(trained, fresh)
+    forces = evaluate(trained, fresh).reports()["forces"]
+    assert found["force_rmse"] == forces.rmse
+    assert (found["z2"], found["z2_low"], found["z2_high"]) == (forces.z2, *forces.intervals["z2"])
+    predictions = predict_frames(trained, fresh)
+    for frame, p in zip(fresh, predictions, strict=True):
+        own = found["each"][frame_key(frame)]
+        wrong = p.mean["forces"] - frame.forces
+        assert own["error_max_force"] == pytest.approx(np.sqrt((wrong**2).sum(1)).max())
+        assert own["sigma_max_force"] == pytest.approx(np.sqrt((p.sigma["forces"] ** 2).sum(1)).max())
+        assert own["error_energy"] == pytest.approx(float(p.mean["energy"]) - frame.energy)
+    whole = np.sqrt(np.mean([own["error_force_rms"] ** 2 for own in found["each"].values()]))
+    assert whole == pytest.approx(found["force_rmse"])
+
+
+def test_verdicts() -> None:
+    stop = StopSection(labels=100, force_rmse=0.1, z2=(0.5, 2.0))
+
+    def of(**values: object) -> str:
+        return verdict({"frames": 10, "force_rmse": 0.05, "z2": 1.0, **values}, stop)
+
+    assert of() == "good"
+    assert of(force_rmse=0.2) == "error too large"
+    assert of(z2=2.1) == "σ too small"
+    assert of(z2=0.4, force_rmse=0.2) == "error too large, σ too large"
+    assert of(frames=2) == "too few labels to judge"
+    assert verdict({"frames": 0, "each": {}}, stop) == "too few labels to judge"
+
+
+def test_stopping() -> None:
+    stop = StopSection(labels=100, force_rmse=0.1, rounds=3)
+    good, bad = ({"picked": 5, "labelled": 5, "verdict": v} for v in ("good", "σ too small"))
+    lost, empty = {"picked": 5, "labelled": 0, "verdict": "…"}, {"picked": 0, "labelled": 0, "verdict": "…"}
+    assert stop_reason([], 30, stop) is None
+    assert stop_reason([good, bad], 30, stop) is None
+    assert "agree with σ and are under 0.1" in str(stop_reason([bad, good], 30, stop))
+    assert "budget of 100" in str(stop_reason([bad], 100, stop))
+    assert "nothing that the model is unsure of" in str(stop_reason([empty], 30, stop))
+    assert stop_reason([lost], 30, stop) is None
+    assert "no label of the last two rounds" in str(stop_reason([lost, lost], 30, stop))
+    assert "3 rounds" in str(stop_reason([bad] * 3, 30, stop))
+    assert stop_reason([good], 30, StopSection(labels=100)) is None  # no wanted error: the budget alone
