@@ -121,7 +121,7 @@ def bare(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "flag", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "flag", "active", "info"])
 def test_help(command: str) -> None:
     assert "Usage" in run(command, "--help")
 
@@ -130,7 +130,7 @@ def test_scripts_are_the_same_doors(folder) -> None:
     import subprocess
     import sys
 
-    for script in ("train", "evaluate", "compare", "run_md", "flag"):
+    for script in ("train", "evaluate", "compare", "run_md", "flag", "active_learning"):
         out = subprocess.run(
             [sys.executable, f"scripts/{script}.py", "--help"], capture_output=True, text=True, check=True
         ).stdout
