@@ -1,0 +1,83 @@
+"""What the commands share: options, clear errors, and reading of models and frames."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+app = typer.Typer(
+    help="Force fields that know when they are wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+Model = Annotated[Path, typer.Argument(help="model file, such as runs/ethanol/model.pt", show_default=False)]
+Files = Annotated[list[Path], typer.Argument(help="xyz, traj, db, json, npz or h5 files", show_default=False)]
+Samples = Annotated[int | None, typer.Option(help="number K of Monte-Carlo samples; by default the model's", min=2)]
+Seed = Annotated[int | None, typer.Option(help="seed of the masks; by default the model's own")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="drop and list bad frames instead of stopping")]
+EnergyKey = Annotated[str | None, typer.Option(help="name of the energy in the files")]
+ForcesKey = Annotated[str | None, typer.Option(help="name of the forces in the files")]
+StressKey = Annotated[str | None, typer.Option(help="name of the stress in the files")]
+EnergyUnit = Annotated[str, typer.Option(help="of the files: eV, meV, kcal/mol, kJ/mol, Hartree")]
+LengthUnit = Annotated[str, typer.Option(help="of the files: Angstrom, Bohr, nm")]
+
+
+def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the errors that users cause into one clear message and exit status 1 (130 when interrupted)."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        from forcedrop.training import TrainingDiverged, TrainingInterrupted
+
+        try:
+            command(*args, **kwargs)
+        except (TrainingInterrupted, KeyboardInterrupt) as error:
+            typer.echo(f"\n{error or 'interrupted'}", err=True)
+            raise typer.Exit(130) from None
+        except (ValueError, TrainingDiverged, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def load(path: Path, device: str) -> Any:
+    """Read a model file onto a device."""
+    from forcedrop.evaluation import device_of
+    from forcedrop.training import load_model
+
+    return load_model(path, device_of(device))
+
+
+def read(
+    files: Sequence[Path],
+    model: Any,
+    keys: tuple[str | None, str | None, str | None],
+    energy_unit: str,
+    length_unit: str,
+    skip_bad: bool,
+) -> Any:
+    """Read frames that the model can compute, and list what was dropped."""
+    from forcedrop.structures import LabelKeys, read_checked
+
+    frames, problems = read_checked(
+        files, keys=LabelKeys(*keys), energy_unit=energy_unit, length_unit=length_unit, elements=model.elements,
+        skip_bad=skip_bad,
+    )  # fmt: skip
+    list_problems(problems)
+    return frames
+
+
+def list_problems(problems: Sequence[Any]) -> None:
+    """Say what was left out, and why."""
+    for problem in problems:
+        typer.echo(f"skipped: {problem}", err=True)

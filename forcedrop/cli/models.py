@@ -1,0 +1,179 @@
+"""Commands about models: train, evaluate, compare, info."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forcedrop.cli.common import (
+    Device,
+    EnergyKey,
+    EnergyUnit,
+    Files,
+    ForcesKey,
+    LengthUnit,
+    Model,
+    Samples,
+    Seed,
+    SkipBad,
+    StressKey,
+    app,
+    clear_errors,
+    list_problems,
+    load,
+    read,
+)
+
+
+@app.command()
+@clear_errors
+def train(
+    config: Annotated[Path, typer.Argument(help="training file (YAML)", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+) -> None:
+    """Train and calibrate a model as a YAML file says."""
+    from forcedrop.report import save_figure, training_figure
+    from forcedrop.training import load_config
+    from forcedrop.training import train as train_model
+    from forcedrop.training.parallel import is_first_process
+
+    settings = load_config(config)
+    model = train_model(settings, resume=resume)
+    if not is_first_process():  # under torchrun
+        return
+    save_figure(training_figure(settings.output / "log.csv"), settings.output / "training.png")
+    last = model.provenance["last_epoch"]
+    typer.echo(
+        f"{settings.output / 'model.pt'}: validation RMSE {last['val_forces_meV_A']:.1f} meV/Å, "
+        f"{last['val_energy_meV_atom']:.2f} meV/atom"
+        + (f"; {model.calibration.sentence()}" if model.calibration else "; no error bars were trained")
+    )
+
+
+@app.command()
+@clear_errors
+def evaluate(
+    model: Model,
+    files: Files,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for evaluation.json, the frames with σ, and plots")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="also write the frames with σ, as .xyz or .h5")] = None,
+    samples: Samples = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    skip_bad: SkipBad = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    energy_unit: EnergyUnit = "eV",
+    length_unit: LengthUnit = "Angstrom",
+) -> None:
+    """Compare a model with labelled frames: errors, honesty of σ, plots."""
+    from forcedrop.evaluation import evaluate as evaluate_frames
+    from forcedrop.evaluation import predict_frames, with_uncertainties
+    from forcedrop.report import detection_figure, evaluation_table, parity_figure, save_figure, sigma_figure
+    from forcedrop.structures import write_frames
+
+    if output is not None and any(path.resolve() == (output / "frames.h5").resolve() for path in files):
+        raise ValueError(f"{output / 'frames.h5'} would be overwritten; choose another --output")
+    loaded = load(model, device)
+    keys = (energy_key, forces_key, stress_key)
+    frames = read(files, loaded, keys, energy_unit, length_unit, skip_bad)
+    predictions = predict_frames(loaded, frames, n_samples=samples, seed=seed, what="evaluate")
+    result = evaluate_frames(loaded, frames, predictions=predictions)
+    typer.echo(evaluation_table(result))
+    noted = [with_uncertainties(frame, prediction) for frame, prediction in zip(frames, predictions, strict=True)]
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        settings = {"model": str(model), "files": [str(f) for f in files], "samples": samples, "seed": seed}
+        values = {"settings": settings, **result.as_dict()}
+        (output / "evaluation.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_frames(output / "frames.h5", noted)
+        title = ", ".join(path.name for path in files)
+        save_figure(parity_figure(result, title), output / "parity.png")
+        save_figure(sigma_figure(result, title), output / "sigma.png")
+        if "forces" in result.error:
+            save_figure(detection_figure(result, title), output / "detection.png")
+        typer.echo(
+            f"wrote evaluation.json, frames.h5 (with σ), parity.png, sigma.png, detection.png (with forces) to {output}"
+        )
+    if write is not None:
+        write_frames(write, noted)
+        typer.echo(f"wrote {write}")
+
+
+@app.command()
+@clear_errors
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="model files; several joined by + are a deep ensemble", show_default=False)
+    ],
+    test: Annotated[list[Path], typer.Option(help="labelled frames to judge on; may be given several times")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="labelled frames to calibrate all models on; else each keeps its own")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for comparison.json and comparison.png")] = None,
+    samples: Samples = None,
+    device: Device = "auto",
+) -> None:
+    """Compare the error bars of several models, or deep ensembles of models, on the same frames."""
+    from forcedrop.evaluation import compare as compare_models
+    from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
+    from forcedrop.training import Committee
+
+    loaded: dict[str, Any] = {}
+    for text in models:
+        members = [load(Path(name), device) for name in text.split("+")]
+        loaded[text] = members[0] if len(members) == 1 else Committee(members)
+    if len(loaded) < len(models):
+        raise ValueError("a model was given twice")
+    first = next(iter(loaded.values()))
+
+    def frames(path: Path) -> Any:
+        return read([path], first, (None, None, None), "eV", "Angstrom", skip_bad=False)
+
+    sets = {path.stem: frames(path) for path in test}
+    held = None if calibration is None else frames(calibration)
+    found = compare_models(_short_names(loaded), sets, held, n_samples=samples)
+    rows = comparison_rows(found)
+    typer.echo(comparison_table(rows))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "comparison.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        save_figure(comparison_figure(found), output / "comparison.png")
+        typer.echo(f"wrote {output / 'comparison.json'}, comparison.png")
+
+
+@app.command()
+@clear_errors
+def info(
+    path: Annotated[Path, typer.Argument(help="a model or any file of structures", show_default=False)],
+    skip_bad: SkipBad = False,
+) -> None:
+    """Say what is in a model file or a file of structures."""
+    from forcedrop.report import describe_frames, describe_model
+    from forcedrop.structures import read_checked
+    from forcedrop.training import load_model
+
+    if path.suffix == ".pt":
+        typer.echo(describe_model(load_model(path)))
+        return
+    frames, problems = read_checked([path], skip_bad=skip_bad)
+    list_problems(problems)
+    typer.echo(describe_frames(frames))
+
+
+def _short_names(models: dict[str, Any]) -> dict[str, Any]:
+    """Name each model by what distinguishes its path; a deep ensemble by its first member and its size."""
+    named: dict[str, Any] = {}
+    for text, model in models.items():
+        members = [Path(name) for name in text.split("+")]
+        first = members[0].with_suffix("")
+        short = first.parent.name if first.name == "model" and first.parent.name else first.name
+        short = short if len(members) == 1 else f"ensemble of {len(members)} ({short} …)"
+        named[short if short not in named else text] = model
+    return named
