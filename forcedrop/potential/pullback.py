@@ -21,8 +21,8 @@ from forcedrop.potential.layers import Message, PairGeometry, TensorLinear, Upda
 from forcedrop.potential.network import HIDDEN, READOUT_SHIFT, GraphInputs, Masks, Potential
 from forcedrop.potential.sphere import harmonics_and_gradients
 
-BLOCK_BYTES = 8 * 2**20
-"""What the messages of a block of atoms may take on a processor: about its cache."""
+BLOCK_BYTES = 20 * 2**20
+"""What a block of atoms may take on a processor: larger blocks leave the cache, smaller ones cost more calls."""
 
 
 class _Geometry(NamedTuple):
@@ -301,7 +301,7 @@ def _atoms_first(parts: list[Tensor], rms: Tensor) -> Tensor:
 
 def _carry(message: Message, sent: Tensor, geometry: _Geometry, graph: GraphInputs) -> Tensor:
     """Return the sums of the messages, shape (S, N, C), as :meth:`Message.carry` does."""
-    per_atom = 4 * graph.nbr.shape[1] * message.radial.shape[1] * sent.element_size()
+    per_atom = 6 * graph.nbr.shape[1] * message.radial.shape[1] * sent.element_size()
     parts = [
         message.carry(sent, PairGeometry(geometry.sphere[b], geometry.radial[b]), graph.nbr[b], graph.reverse[b])
         for b in blocks_of(len(sent), per_atom, sent.device)
@@ -353,7 +353,10 @@ class _LayerBack:
     def _blocks(self, back: Tensor) -> list[slice]:
         """Cut the atoms into blocks; a GPU takes all at once."""
         n, k, c = back.shape[1:]
-        per_atom = 8 * k * c * (self.graph.nbr.shape[1] + len(self.tape.grid)) * back.element_size()
+        m = self.graph.nbr.shape[1]
+        common = 0 if self.tape.sent is None else 6 * m * self.layer.message.radial.shape[1]
+        each = c * (5 * m + 3 * len(self.tape.grid))
+        per_atom = (common + k * each) * back.element_size()
         return blocks_of(n, per_atom, back.device)
 
     def _inputs(self, back: Tensor, weights: Tensor, block: slice) -> list[Tensor]:
