@@ -3,9 +3,9 @@
     python benchmarks/scaling.py --mace-python PATH/python    # of an environment of its own with mace-torch
     python benchmarks/scaling.py --repeat 3 5 9 14 20         # other sizes: 8 × repeat³ atoms
 
-Each size is a process of its own, so that the largest memory is its own; three calls, the median. The plain network, 16 samples
-(in groups that fit 2 GiB; up to 10 000 atoms), the plain network by automatic differentiation of the whole graph (up to 10 000 atoms), MACE (64
-channels, L = 0; up to 2000 atoms). Writes ``results/scaling.json`` and ``scaling.png``.
+Each size is a process of its own, so that the largest memory is its own; three calls, the median. The plain network; 16 samples
+(in groups that fit 2 GiB), and the plain network by automatic differentiation of the whole graph (both up to 10 000 atoms); MACE
+(64 channels, L = 0; up to 2000 atoms). Writes ``results/scaling.json`` and ``scaling.png``.
 """
 
 from __future__ import annotations
