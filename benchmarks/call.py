@@ -9,14 +9,12 @@ over rounds in which the programs take turns; writes ``results/call.json`` and `
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from systems import DATA, calculator, differentiated, mace_calculator, moved, structure
-from turns import Measured, serve, table, take_turns
+from turns import Measured, commands, options, serve, table, take_turns
 
 SYSTEMS = {
     "silicon, 8": ("silicon", 1),
@@ -29,21 +27,11 @@ NEVER = 10**9
 
 def main() -> None:
     """Let the workers take turns, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="extended XYZ file of 3BPA")
-    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, DATA, WORKERS).parse_args()
     if arguments.worker:
         serve(WORKERS[arguments.worker](arguments.data), arguments.threads)
         return
-    pythons = {kind: sys.executable for kind in WORKERS if kind != "MACE"}
-    pythons |= {"MACE": str(arguments.mace_python)} if arguments.mace_python else {}
-    rest = ["--data", str(arguments.data), "--threads", str(arguments.threads)]
-    commands = {kind: [python, __file__, "--worker", kind, *rest] for kind, python in pythons.items()}
-    median = take_turns(commands, arguments.rounds)
+    median = take_turns(commands(__file__, WORKERS, arguments), arguments.rounds)
     rows = [{"atoms": name} | {f"{kind} [ms]": round(median[kind][name], 1) for kind in median} for name in SYSTEMS]
     if "MACE" in median:
         for row in rows:

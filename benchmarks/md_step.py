@@ -10,14 +10,12 @@ programs take turns; writes ``results/md_step.json`` and ``md_step.png``.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from systems import DATA, calculator, mace_calculator, structure
-from turns import Measured, serve, table, take_turns
+from turns import Measured, commands, options, serve, table, take_turns
 
 STEPS = 20
 NEVER = 10**9
@@ -25,21 +23,15 @@ NEVER = 10**9
 
 def main() -> None:
     """Let the workers take turns, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="extended XYZ file of 3BPA")
-    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, DATA, WORKERS).parse_args()
     if arguments.worker:
         serve(WORKERS[arguments.worker](arguments.data), arguments.threads, calls=2)
         return
-    pythons = {"forcedrop": sys.executable}
-    pythons |= {"mace": str(arguments.mace_python)} if arguments.mace_python else {}
-    rest = ["--data", str(arguments.data), "--threads", str(arguments.threads)]
-    commands = {kind: [python, __file__, "--worker", kind, *rest] for kind, python in pythons.items()}
-    median = {k: v / STEPS for rows in take_turns(commands, arguments.rounds).values() for k, v in rows.items()}
+    median = {
+        k: v / STEPS
+        for rows in take_turns(commands(__file__, WORKERS, arguments), arguments.rounds).values()
+        for k, v in rows.items()
+    }
     plain = median["no σ"]
     rows = [
         {"what": what, "ms a step": round(ms, 2), "of a step without σ": round(ms / plain, 3)}
@@ -80,7 +72,7 @@ def mace_worker(data: Path) -> Measured:
     return {f"MACE, {n}": dynamics(structure("3BPA", data), mace_calculator("3BPA", n)) for n in (1, 5)}
 
 
-WORKERS = {"forcedrop": forcedrop_worker, "mace": mace_worker}
+WORKERS = {"forcedrop": forcedrop_worker, "MACE": mace_worker}
 
 
 def dynamics(atoms: Any, calculator: Any) -> Callable[[], Any]:

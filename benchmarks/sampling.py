@@ -11,13 +11,11 @@ float32, against float64 and automatic differentiation. Medians over rounds in w
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from systems import DATA, calculator, mace_calculator, moved, structure
-from turns import Measured, serve, table, take_turns
+from turns import Measured, commands, options, serve, table, take_turns
 
 SAMPLES = (4, 8, 16, 32, 64)
 SYSTEMS = ("3BPA", "silicon")
@@ -26,24 +24,15 @@ ONE = 10**9  # σ never: one pass
 
 def main() -> None:
     """Let the workers take turns, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="extended XYZ file of 3BPA")
-    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, DATA).parse_args()
     if arguments.worker:
         kind, name = arguments.worker.split("/")
         serve(WORKERS[kind](name, arguments.data), arguments.threads, calls=3)
         return
-    pythons = {"forcedrop": sys.executable}
-    pythons |= {"mace": str(arguments.mace_python)} if arguments.mace_python else {}
-    rest = ["--data", str(arguments.data), "--threads", str(arguments.threads)]
     found: dict[str, Any] = {}
     for name in SYSTEMS:
-        commands = {kind: [python, __file__, "--worker", f"{kind}/{name}", *rest] for kind, python in pythons.items()}
-        median = {k: v for rows in take_turns(commands, arguments.rounds).values() for k, v in rows.items()}
+        found_ms = take_turns(commands(__file__, [f"{kind}/{name}" for kind in WORKERS], arguments), arguments.rounds)
+        median = {k: v for rows in found_ms.values() for k, v in rows.items()}
         one = median["one call"]
         rows = [
             {"system": name, "what": what, "ms": round(ms, 1), "of one call": round(ms / one, 2)}
@@ -76,7 +65,7 @@ def mace_worker(name: str, data: Path) -> Measured:
     return {f"MACE, {n}": moved(atoms, mace_calculator(name, n)) for n in (1, 5)}
 
 
-WORKERS = {"forcedrop": forcedrop_worker, "mace": mace_worker}
+WORKERS = {"forcedrop": forcedrop_worker, "MACE": mace_worker}
 
 
 def precision() -> dict[str, float]:

@@ -9,43 +9,30 @@ L=0, two layers, r_max 5 Å, float32. Medians over rounds in which the programs 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from systems import DATA, ISOLATED, mace_model
-from turns import serve, take_turns
+from turns import commands, options, serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
     """Start both workers, let them take turns, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument(
-        "--compile", action="store_true", help="also forcedrop's compiled step (compiling takes minutes)"
-    )
-    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    parser = options(__doc__, DATA, WORKERS)
+    parser.add_argument("--compile", action="store_true", help="also the compiled step (compiling takes minutes)")
     arguments = parser.parse_args()
     if arguments.worker:
         serve(WORKERS[arguments.worker](arguments.data), arguments.threads)
         return
-    kinds = {"forcedrop": sys.executable, "forcedrop dropout": sys.executable}
-    kinds |= {"forcedrop compiled": sys.executable} if arguments.compile else {}
-    kinds |= {"mace": str(arguments.mace_python)} if arguments.mace_python else {}
-    rest = ["--data", str(arguments.data), "--threads", str(arguments.threads)]
-    commands = {kind: [python, __file__, "--worker", kind, *rest] for kind, python in kinds.items()}
-    medians = take_turns(commands, arguments.rounds)
+    kinds = [kind for kind in WORKERS if arguments.compile or kind != "forcedrop compiled"]
+    medians = take_turns(commands(__file__, kinds, arguments), arguments.rounds)
     ratios = {
-        kind: {what: round(v / medians["mace"][what], 3) for what, v in rows.items() if what in medians["mace"]}
+        kind: {what: round(v / medians["MACE"][what], 3) for what, v in rows.items() if what in medians["MACE"]}
         for kind, rows in medians.items()
-        if "mace" in medians and kind != "mace"
+        if "MACE" in medians and kind != "MACE"
     }
     for kind, row in medians.items():
         print(f"{kind:20}", "  ".join(f"{what}: {ms:.1f} ms" for what, ms in row.items()), ratios.get(kind, ""))
@@ -122,7 +109,7 @@ WORKERS: dict[str, Callable[[Path], dict[str, Callable[[], Any]]]] = {
     "forcedrop": _forcedrop,
     "forcedrop dropout": lambda data: _forcedrop(data, dropout=True),
     "forcedrop compiled": lambda data: _forcedrop(data, compiled=True),
-    "mace": _mace,
+    "MACE": _mace,
 }
 
 if __name__ == "__main__":

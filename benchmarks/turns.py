@@ -6,16 +6,36 @@ processes run the same script with ``--worker KIND`` and end in :func:`serve`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Measured = Mapping[str, Callable[[], Any]]
 """What is timed, by name."""
+
+
+def options(doc: str | None, data: Path, workers: Iterable[str] | None = None) -> argparse.ArgumentParser:
+    """Return the options of a script whose workers take turns."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=data, help="extended XYZ file of 3BPA")
+    parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--worker", choices=workers and list(workers), help=argparse.SUPPRESS)
+    return parser
+
+
+def commands(script: str, kinds: Iterable[str], given: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the command of each kind of worker; those that start with MACE have an interpreter of their own, or are left out."""
+    rest = ["--data", str(given.data), "--threads", str(given.threads)]
+    pythons = {kind: given.mace_python if kind.startswith("MACE") else Path(sys.executable) for kind in kinds}
+    return {kind: [str(python), script, "--worker", kind, *rest] for kind, python in pythons.items() if python}
 
 
 def take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, float]]:

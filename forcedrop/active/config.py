@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from forcedrop.training import ConfigError, TrainConfig, parse_config
+from forcedrop.training.config import explain
 
 
 class _Section(BaseModel):
@@ -204,8 +204,7 @@ def parse_active_config(values: dict[str, Any], source: str = "<memory>", folder
         config = ActiveConfig.model_validate({"folder": folder, **values})
         training = config.train_config(Path("frames.h5"), Path("model"), 100)
     except ValidationError as error:
-        lines = "\n".join(f"  {_describe(item)}" for item in error.errors())
-        raise ConfigError(f"{source}:\n{lines}") from None
+        raise ConfigError(f"{source}:\n{explain(error, ActiveConfig, ('folder',))}") from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     if not training.gives_error_bars:
@@ -223,27 +222,3 @@ def parse_active_config(values: dict[str, Any], source: str = "<memory>", folder
             "explore": explore.model_copy(update={"start_files": files and [folder / path for path in files]}),
         }
     )
-
-
-def _describe(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        valid = _valid_keys(location[:-1])
-        close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
-        hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else f"valid are {', '.join(valid)}"
-        return f"unknown key `{key}`; {hint}"
-    if item["type"] == "missing":
-        return f"missing key `{key}`"
-    message = item["msg"].removeprefix("Value error, ")
-    where = f"`{key}`: " if key else ""
-    return f"{where}{message}" + (f", got {item['input']!r}" if key and item["type"] != "value_error" else "")
-
-
-def _valid_keys(location: list[str]) -> list[str]:
-    section: type[BaseModel] = ActiveConfig
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return [name for name in section.model_fields if name != "folder"]

@@ -232,8 +232,7 @@ def parse_config(values: dict[str, Any], source: str = "<memory>", folder: Path 
     try:
         config = TrainConfig.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(f"  {_describe(item)}" for item in error.errors())
-        raise ConfigError(f"{source}:\n{lines}") from None
+        raise ConfigError(f"{source}:\n{explain(error, TrainConfig)}") from None
     return _resolve_paths(config, folder) if folder else config
 
 
@@ -248,11 +247,22 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
     return config.model_copy(update={"output": folder / config.output, "data": data.model_copy(update=update)})
 
 
-def _describe(item: Any) -> str:
+def explain(error: ValidationError, root: type[BaseModel], hidden: tuple[str, ...] = ()) -> str:
+    """Return a line for each thing that is wrong, with the closest valid key where one is unknown.
+
+    Args:
+        error: of pydantic.
+        root: the whole configuration.
+        hidden: keys that users do not write.
+    """
+    return "\n".join(f"  {_describe(item, root, hidden)}" for item in error.errors())
+
+
+def _describe(item: Any, root: type[BaseModel], hidden: tuple[str, ...]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        valid = _valid_keys(location[:-1])
+        valid = [name for name in _valid_keys(location[:-1], root) if name not in hidden]
         close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
         hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else f"valid are {', '.join(valid)}"
         return f"unknown key `{key}`; {hint}"
@@ -263,8 +273,7 @@ def _describe(item: Any) -> str:
     return f"{where}{message}" + (f", got {item['input']!r}" if key and item["type"] != "value_error" else "")
 
 
-def _valid_keys(location: list[str]) -> list[str]:
-    section: type[BaseModel] = TrainConfig
+def _valid_keys(location: list[str], section: type[BaseModel]) -> list[str]:
     for part in location:
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
