@@ -48,11 +48,11 @@ class Frame:
 
     @classmethod
     def from_atoms(cls, atoms: Atoms, source: str = "<memory>", **labels: Any) -> Frame:
-        """Take the geometry of ``atoms``; labels (``energy``, ``forces`` …) are given by name."""
+        """Copy the geometry of ``atoms``; labels (``energy``, ``forces`` …) are given by name."""
         return cls(
             z=np.asarray(atoms.get_atomic_numbers(), dtype=np.int64),
             pos=np.asarray(atoms.get_positions(), dtype=np.float64),
-            cell=np.asarray(atoms.cell.array, dtype=np.float64),
+            cell=np.array(atoms.cell.array, dtype=np.float64),  # a copy: ASE changes cells in place
             pbc=np.asarray(atoms.get_pbc(), dtype=bool),
             source=source,
             **labels,
