@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from forcedrop.training import ConfigError, TrainConfig, parse_config
-from forcedrop.training.config import explain
+from forcedrop.training.config import explain, read_yaml
 
 
 class _Section(BaseModel):
@@ -182,15 +181,7 @@ def load_active_config(path: str | Path) -> ActiveConfig:
         ConfigError: if the file is missing, is not YAML, or has an unknown or ill-typed key.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no such file: {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return parse_active_config(values, str(path), path.parent)
+    return parse_active_config(read_yaml(path), str(path), path.parent)
 
 
 def parse_active_config(values: dict[str, Any], source: str = "<memory>", folder: Path | None = None) -> ActiveConfig:

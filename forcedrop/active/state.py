@@ -23,7 +23,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,17 @@ def frame_key(frame: Frame) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file such that a reader, or whoever comes after a kill, finds the old one or the new one."""
+    with _whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a place to write to; what is there afterwards is flushed to disk and renamed to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
+    yield temporary
+    with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
@@ -182,11 +189,5 @@ class State:
 
 def write_frames_atomically(path: Path, frames: list[Frame], provenance: dict[str, Any] | None = None) -> None:
     """Write a new frame store such that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with FrameStore(temporary, "w", provenance=provenance) as store:
+    with _whole(path) as temporary, FrameStore(temporary, "w", provenance=provenance) as store:
         store.append(frames)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)

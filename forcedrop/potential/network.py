@@ -304,9 +304,10 @@ class Potential(nn.Module):
             edges = masks.get(f"layers.{t}.edges")
             carried = pairs if edges is None else pairs._replace(radial=pairs.radial * edges[..., None])
             if t == 0:
-                x, products = layer.update(self._element_fields(layer, carried, one_hot, graph), one_hot)
+                x, products = layer.update(element_fields(layer, carried, one_hot, graph), one_hot)
             else:
-                fields = self._message_fields(layer, x, carried, graph, masks.get(f"layers.{t}.message"))
+                mask = masks.get(f"layers.{t}.message")
+                fields = message_fields(layer, layer.message(x, carried, graph.nbr, graph.reverse, mask), x)
                 branch, products = layer.update(fields, one_hot)
                 x = self._add(layer, x, branch, one_hot, masks.get(f"layers.{t}.update"))
             energy = energy + self.readouts[t](x[0])
@@ -315,20 +316,6 @@ class Potential(nn.Module):
         hidden = self.mask(hidden, one_hot, masks.get(HIDDEN))
         energy = (energy + self.output(hidden) + one_hot @ self.species_bias)[:, 0]
         return one_hot, energy, torch.cat([*features, hidden], dim=-1)
-
-    @staticmethod
-    def _element_fields(layer: Any, pairs: PairGeometry, one_hot: Tensor, graph: GraphInputs) -> Tensor:
-        """Return the fields (S, N, 3C) from the neighbours of each element, known by their radial functions alone."""
-        by_element = (pairs.radial[..., :, None] * one_hot[graph.nbr][..., None, :]).flatten(2)
-        a = layer.norm((pairs.sphere @ by_element).transpose(0, 1))
-        return layer.fields(by_degree(a))
-
-    @staticmethod
-    def _message_fields(layer: Any, x: Tensor, pairs: PairGeometry, graph: GraphInputs, mask: Tensor | None) -> Tensor:
-        """Return the fields (S, N, 3C) from what the neighbours send, joined by the atom's own features."""
-        parts = by_degree(layer.message(x, pairs, graph.nbr, graph.reverse, mask))
-        own = by_degree(x)
-        return layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[len(own) :])
 
     @staticmethod
     def _add(layer: Any, x: Tensor, branch: Tensor, one_hot: Tensor, mask: Tensor | None) -> Tensor:
@@ -365,6 +352,23 @@ class Potential(nn.Module):
         """Say the elements and the number of parameters."""
         n = sum(p.numel() for p in self.parameters())
         return f"elements={list(self.config.elements)}, cutoff={self.config.cutoff} Å, parameters={n}"
+
+
+def spread_elements(radial: Tensor, one_hot: Tensor, nbr: Tensor) -> Tensor:
+    """Return radial functions (N, M, n) in the columns of the neighbour's element, 0 elsewhere, (N, M, n × elements)."""
+    return (radial[..., :, None] * one_hot[nbr][..., None, :]).flatten(2)
+
+
+def element_fields(layer: Any, pairs: PairGeometry, one_hot: Tensor, graph: GraphInputs) -> Tensor:
+    """Return the fields (S, N, 3C) from the neighbours of each element, known by their radial functions alone."""
+    by_element = spread_elements(pairs.radial, one_hot, graph.nbr)
+    return layer.fields(by_degree(layer.norm((pairs.sphere @ by_element).transpose(0, 1))))
+
+
+def message_fields(layer: Any, sums: Tensor, x: Tensor) -> Tensor:
+    """Return the fields (S, N, 3C) from the sums of the messages (S, N, C), joined by the atom's own features."""
+    parts, own = by_degree(sums), by_degree(x)
+    return layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[len(own) :])
 
 
 def require_samples(potential: Potential) -> None:

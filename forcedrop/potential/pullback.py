@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from forcedrop.potential.layers import Message, PairGeometry, TensorLinear, Update, by_degree
-from forcedrop.potential.network import HIDDEN, READOUT_SHIFT, GraphInputs, Masks, Potential
+from forcedrop.potential.network import (
+    HIDDEN,
+    READOUT_SHIFT,
+    GraphInputs,
+    Masks,
+    Potential,
+    element_fields,
+    message_fields,
+    spread_elements,
+)
 from forcedrop.potential.sphere import harmonics_and_gradients
 
 BLOCK_BYTES = 20 * 2**20
@@ -172,13 +181,11 @@ def _forward(
     for t, layer in enumerate(layers):
         sent = None
         if t == 0:
-            fields = layer.fields(by_degree(layer.norm(_by_element(geometry, graph, one_hot))))
-            stem = geometry.unit.new_zeros(())
+            fields = element_fields(layer, PairGeometry(geometry.sphere, geometry.radial), one_hot, graph)
         else:
             energy = energy + potential.readouts[t - 1](x[0])
             sent = layer.message.send(by_degree(x)).transpose(0, 1).contiguous()
-            parts, own = by_degree(_carry(layer.message, sent, geometry, graph)), by_degree(x)
-            fields = layer.fields([torch.cat([a, b], -1) for a, b in zip(parts, own, strict=False)] + parts[len(own) :])
+            fields = message_fields(layer, _carry(layer.message, sent, geometry, graph), x)
             stem = layer.skip(x[0])
         products: Any = layer.update.products
         grid = (products.to_grid @ fields.flatten(1)).unflatten(1, fields.shape[1:]).unflatten(2, (3, -1))
@@ -215,12 +222,6 @@ def _backward(
             mask = None
         back = _LayerBack(layers[t], tapes[t], geometry, graph, one_hot)(back, weights[t], gradient, mask)
     return gradient
-
-
-def _by_element(geometry: _Geometry, graph: GraphInputs, one_hot: Tensor) -> Tensor:
-    """Return the sums over the neighbours of each element, shape (S, N, n × elements)."""
-    pairs = (geometry.radial[..., :, None] * one_hot[graph.nbr][..., None, :]).flatten(2)
-    return (geometry.sphere @ pairs).transpose(0, 1)
 
 
 def _to_vectors(by_sphere: Tensor, by_distance: Tensor, geometry: _Geometry, block: slice) -> Tensor:
@@ -369,8 +370,9 @@ class _LayerBack:
         """Return the gradient by the pair vectors (K, n, M, 3) in the layer that knows the neighbours' elements alone."""
         by_sums = _atoms_first(inputs, self.layer.norm.rms)  # (n, S, K, elements × functions)
         n, s, k = by_sums.shape[:3]
-        geometry, hot = self.geometry, self.one_hot[self.graph.nbr[block]][..., None, :]
-        both = torch.cat([(f[block][..., :, None] * hot).flatten(2) for f in (geometry.radial, geometry.slope)], dim=1)
+        geometry, nbr = self.geometry, self.graph.nbr[block]
+        functions = (geometry.radial[block], geometry.slope[block])
+        both = torch.cat([spread_elements(f, self.one_hot, nbr) for f in functions], dim=1)
         by_sphere, steep = (by_sums.flatten(1, 2) @ both.transpose(1, 2)).view(n, s, k, 2, -1).unbind(3)
         by_distance = (steep * geometry.sphere[block][:, :, None]).sum(1)
         return _to_vectors(by_sphere, by_distance, geometry, block)

@@ -212,15 +212,24 @@ def load_config(path: str | Path) -> TrainConfig:
         ConfigError: if the file is missing, is not YAML, or has an unknown or ill-typed key.
     """
     path = Path(path)
+    return parse_config(read_yaml(path, "training file"), source=str(path), folder=path.parent)
+
+
+def read_yaml(path: Path, what: str = "file") -> dict[str, Any]:
+    """Return the keys and values of a file, which an error calls ``what``.
+
+    Raises:
+        ConfigError: if it is missing, is not YAML, or holds anything else.
+    """
     if not path.is_file():
-        raise ConfigError(f"no such training file: {path}")
+        raise ConfigError(f"no such {what}: {path}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return parse_config(values, source=str(path), folder=path.parent)
+    return values
 
 
 def parse_config(values: dict[str, Any], source: str = "<memory>", folder: Path | None = None) -> TrainConfig:
