@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,12 +36,19 @@ class OracleSection(_Section):
 
 
 class RetrainingSection(_Section):
-    """How long a round trains, anew on all labels; the rest is in `training`."""
+    """How long a round trains, on all labels; the rest is in `training`."""
 
     steps: int | None = Field(
         None, ge=1, description="steps of stage one, whatever the number of labels; otherwise `training` says epochs"
     )
-    most_epochs: int = Field(2000, ge=1, description="limit on the epochs that `steps` comes to")
+    most_epochs: int = Field(2000, ge=1, description="limit on the epochs that steps come to")
+    fine_tune_steps: int | None = Field(
+        None,
+        ge=1,
+        description="from the second round on the network of the round before trains for so many; else a new one",
+    )
+    fine_tune_rate: float = Field(0.3, gt=0, description="then, of the learning rates")
+    workers: int = Field(1, ge=1, description="members of a committee that train at once")
 
 
 class ExploreSection(_Section):
@@ -141,21 +149,29 @@ class ActiveConfig(_Section):
         data = self.training.get("data", {})
         if not isinstance(data, dict):
             raise ValueError(f"`training.data` must hold keys and values, got {data!r}")
-        given = [k for k in ("output",) if k in self.training] + [
-            f"data.{k}" for k in ("train", "validation") if k in data
+        given = [k for k in ("output", "start") if k in self.training] + [
+            f"data.{k}" for k in ("train", "validation", "calibration") if k in data
         ]
         if given:
             raise ValueError(f"`training` must not hold `{given[0]}`: the loop sees to it")
         return self
 
-    def train_config(self, frames: Path, output: Path, n_frames: int, member: int = 0) -> TrainConfig:
+    def train_config(
+        self,
+        files: Mapping[str, Sequence[Path]],
+        output: Path,
+        n_train: int,
+        member: int = 0,
+        start: Path | None = None,
+    ) -> TrainConfig:
         """Return the training of a round.
 
         Args:
-            frames: the labelled frames.
+            files: the labelled frames to ``train``, for ``validation`` and ``calibration``.
             output: folder of the training.
-            n_frames: how many they are.
+            n_train: how many there are to train on.
             member: of a committee; each has a seed of its own.
+            start: the model to fine-tune; a new network otherwise.
 
         Raises:
             ConfigError: if the ``training`` block has a fault.
@@ -163,14 +179,19 @@ class ActiveConfig(_Section):
         data = dict(self.training.get("data", {}))
         if isinstance(data.get("isolated_atoms"), str):
             data["isolated_atoms"] = str(self.folder / data["isolated_atoms"])
-        values = {**self.training, "data": {**data, "train": [str(frames)]}, "output": str(output)}
+        data |= {name: [str(path) for path in paths] for name, paths in files.items() if paths}
+        values = {**self.training, "data": data, "output": str(output), "start": start}
         values["seed"] = int(self.training.get("seed", 0)) + member
-        config = parse_config(values, source="`training`")
-        if self.retraining.steps is None:
+        config, retraining = parse_config(values, source="`training`"), self.retraining
+        steps = retraining.steps
+        if start is not None:
+            steps, rate = retraining.fine_tune_steps, retraining.fine_tune_rate
+            rates = {name: rate * getattr(config.optimiser, name) for name in ("learning_rate", "adam_learning_rate")}
+            config = config.model_copy(update={"optimiser": config.optimiser.model_copy(update=rates)})
+        if steps is None:
             return config
-        held = config.data.validation_fraction + config.data.calibration_fraction * config.gives_error_bars
-        per_epoch = max(1, math.ceil(n_frames * (1 - held) / config.batch_size))
-        epochs = min(max(1, round(self.retraining.steps / per_epoch)), self.retraining.most_epochs)
+        per_epoch = math.ceil(n_train / config.batch_size)
+        epochs = min(max(1, round(steps / per_epoch)), retraining.most_epochs)
         return config.model_copy(update={"stage_one": config.stage_one.model_copy(update={"epochs": epochs})})
 
 
@@ -193,7 +214,7 @@ def parse_active_config(values: dict[str, Any], source: str = "<memory>", folder
     folder = folder or Path()
     try:
         config = ActiveConfig.model_validate({"folder": folder, **values})
-        training = config.train_config(Path("frames.h5"), Path("model"), 100)
+        training = config.train_config({"train": [Path("frames.h5")]}, Path("model"), 100)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n{explain(error, ActiveConfig, ('folder',))}") from None
     except ConfigError as error:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase.data import covalent_radii
 
 from forcedrop.active.config import ExploreSection
+from forcedrop.active.processes import at_once
 from forcedrop.active.state import frame_key, read_json, write_json
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.evaluation import device_of
@@ -97,15 +93,8 @@ def explore(
     device: str,
 ) -> list[dict[str, Any]]:
     """Compute the runs that are not in ``folder`` yet; return a summary of each (``run.json``)."""
-    jobs = [(run, start, model, folder, settings, limits, device) for run, start in plan]
-    left = [job for job in jobs if not _over(job[0], folder)]
-    if settings.workers > 1 and len(left) > 1:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(settings.workers, len(left)), context, _leave_with, (os.getpid(),)) as pool:
-            list(pool.map(explore_one, *zip(*left, strict=True)))
-    else:
-        for job in left:
-            explore_one(*job)
+    left = [Job(run, start, model, folder, settings, limits, device) for run, start in plan if not _over(run, folder)]
+    at_once(explore_one, left, settings.workers)
     return [read_json(folder / run.name / DONE) for run, _ in plan]
 
 
@@ -118,14 +107,26 @@ def _over(run: Run, folder: Path) -> bool:
     return False
 
 
-def explore_one(
-    run: Run, start: Frame, model: Path, folder: Path, settings: ExploreSection, limits: Limits, device: str
-) -> None:
+@dataclass(frozen=True)
+class Job:
+    """A run, where it starts, the file of the model, the folder of all runs, how, up to where, and on what device."""
+
+    run: Run
+    start: Frame
+    model: Path
+    folder: Path
+    settings: ExploreSection
+    limits: Limits
+    device: str
+
+
+def explore_one(job: Job) -> None:
     """Compute one run; its folder appears when it is over."""
+    run, folder = job.run, job.folder
     target = folder / run.name
     part = folder / f".{run.name}.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
-    summary = {**asdict(run), **dynamics(run, start, model, part, settings, limits, device)}
+    summary = {**asdict(run), **dynamics(run, job.start, job.model, part, job.settings, job.limits, job.device)}
     write_json(part / DONE, summary)
     try:
         part.rename(target)
@@ -183,18 +184,6 @@ def _recorded(folder: Path) -> int:
 def _model(path: Path, changed: int, device: str) -> TrainedModel:
     """Load a model once for all runs of a process."""
     return load_model(path, device_of(device))
-
-
-def _leave_with(parent: int) -> None:
-    """Make a process of the pool end with the loop."""
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:

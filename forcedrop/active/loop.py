@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from forcedrop.active.picking import (
     scaled_features,
     structure_features,
 )
+from forcedrop.active.processes import at_once
 from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
 from forcedrop.structures import Frame, FrameStore, read_checked, read_frames
-from forcedrop.training import ConfigError, TrainedModel, load_model, train
+from forcedrop.training import ConfigError, TrainConfig, TrainedModel, load_model, train
 
 CHECKPOINT, MODEL = "last.pt", "model.pt"
 
@@ -96,7 +97,7 @@ class ActiveLoop:
         ready, others = self._start_frames()
         count = len(ready) + len(others)
         runs = len(explore.temperatures) * explore.starts * explore.seeds
-        training = config.train_config(self.state.store, config.state, max(count, 10))
+        training = config.train_config({"train": [self.state.store]}, config.state, max(count, 10))
         return "\n".join(
             [
                 f"state: {config.state}, {len(self.state.frames())} labels so far",
@@ -178,16 +179,20 @@ class ActiveLoop:
     def _train(self, number: int) -> list[TrainedModel]:
         """Train on all labels there are; one network, or the members of a committee."""
         members = self.config.pick.members if self.config.pick.strategy == "committee" else 1
-        folders = [self.state.round(number) / ("model" if m == 0 else f"model-{m}") for m in range(members)]
+        names = ["model" if m == 0 else f"model-{m}" for m in range(members)]
+        folders = [self.state.round(number) / name for name in names]
         if self.state.result(number, "train") is None:
             start, n_frames = time.monotonic(), len(self.state.frames())
+            files, n_train = self._files(number)
+            fine = self.config.retraining.fine_tune_steps is not None and number > 1
+            left = []
             for member, folder in enumerate(folders):
-                if (folder / "trained").exists():
-                    continue
-                tqdm.write(f"round {number}: training on {n_frames} labels")
-                settings = self.config.train_config(self.state.store, folder, n_frames, member)
-                train(settings, resume=(folder / CHECKPOINT).exists())
-                (folder / "trained").touch()
+                before = self.state.round(number - 1) / folder.name / MODEL
+                settings = self.config.train_config(files, folder, n_train, member, before if fine else None)
+                if not (folder / "trained").exists():
+                    left.append(settings)
+            tqdm.write(f"round {number}: {'fine-tuning' if fine else 'training'} on {n_train} of {n_frames} labels")
+            at_once(train_one, left, self.config.retraining.workers)
             model = load_model(folders[0] / MODEL)
             self.state.finish(
                 number,
@@ -200,6 +205,27 @@ class ActiveLoop:
                 },
             )
         return [load_model(folder / MODEL) for folder in folders]
+
+    def _files(self, number: int) -> tuple[dict[str, list[Path]], int]:
+        """Write what is not there yet of the files to train on, validate and calibrate; return them and the number to train on.
+
+        What a label is for is drawn once: a network that is fine-tuned must not be calibrated by frames that trained it before.
+        """
+        frames = self.state.frames()
+        data = self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
+        shares = {"validation": data.validation_fraction, "calibration": data.calibration_fraction}
+        rounds = [int(frame.info["round"]) for frame in frames]
+        roles = split_roles(
+            rounds, [len(frame) > 1 or bool(frame.pbc.any()) for frame in frames], shares, self.config.seed
+        )
+        files: dict[str, list[Path]] = {"train": [], "validation": [], "calibration": []}
+        for (before, role), path in (((n, r), self.state.round(n) / f"{r}.h5") for n in range(number) for r in files):
+            mine = [f for f, n, r in zip(frames, rounds, roles, strict=True) if (n, r) == (before, role)]
+            if mine:
+                files[role].append(path)
+                if not path.exists():
+                    write_frames_atomically(path, mine)
+        return files, roles.count("train")
 
     def limits(self, number: int, model: TrainedModel) -> Limits:
         """Return where frames are flagged and runs end in a round, by its model.
@@ -282,9 +308,7 @@ class ActiveLoop:
         features, before = scaled_features(own, before)
         sigma, threshold = np.array([s.sigma for s in seen]), limits.threshold
         if len(models) > 1:
-            split = read_json(self.state.round(number) / "model" / "split.json")["calibration"]
-            held = {int(source.rpartition("#")[2]) for source in split}
-            calibration = [frame for index, frame in enumerate(known) if index in held] or known
+            calibration = [f for path in self._files(number)[0]["calibration"] for f in read_frames(path)] or known
             sigma, threshold = committee_sigma(models, frames, calibration, self.config.explore.quantile)
         pool = Pool(sigma, threshold, features, before)
         count = min(settings.size(number), self.config.stop.labels - len(known))
@@ -345,6 +369,42 @@ class ActiveLoop:
         judged = (self.state.result(number, "judge") or {"each": {}})["each"]
         noted = [replace(f, info={**f.info, **judged.get(frame_key(f), {}), "key": frame_key(f)}) for f in frames]
         self.state.finish(number, "append", {"labels": self.state.append(noted)})
+
+
+def train_one(config: TrainConfig) -> None:
+    """Train a network, or go on with it; its folder says when it is over."""
+    train(config, resume=(config.output / CHECKPOINT).exists())
+    (config.output / "trained").touch()
+
+
+def split_roles(rounds: Sequence[int], held: Sequence[bool], shares: Mapping[str, float], seed: int) -> list[str]:
+    """Return what each label is for: ``train``, or one of ``shares``.
+
+    A label keeps what it was given when later rounds add more; the shares hold of all labels together, and each has at least one.
+
+    Args:
+        rounds: of every label, in the order of the store.
+        held: which labels may be held out (single atoms may not).
+        shares: to hold out.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if nothing is left to train on.
+    """
+    roles, counts, seen = ["train"] * len(rounds), dict.fromkeys(shares, 0), 0
+    for number in sorted(set(rounds)):
+        mine = [k for k, n in enumerate(rounds) if n == number and held[k]]
+        order = np.random.default_rng([seed, number, 2]).permutation(mine).tolist()
+        seen += len(mine)
+        for name, share in shares.items():
+            count = max(0, max(1, round(share * seen)) - counts[name]) if share else 0
+            for k in order[:count]:
+                roles[k] = name
+            counts[name] += len(order[:count])
+            order = order[count:]
+    if "train" not in roles:
+        raise ValueError(f"{len(roles)} labels are too few to hold out shares of {dict(shares)} of them")
+    return roles
 
 
 def _origin(frame: Frame) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class DataSection(_Section):
         lt=1,
         description="share held out to calibrate on; 0 leaves σ uncalibrated. A plain network needs none",
     )
+    calibration: list[Path] | None = Field(None, description="own calibration files; otherwise a share of `train`")
     isolated_atoms: Path | dict[str, float] | None = Field(
         None,
         description="file of single atoms, or energies [eV] by symbol; otherwise found in `train`, or fitted",
@@ -146,6 +147,10 @@ class TrainConfig(_Section):
     """The whole file."""
 
     output: Path = Field(description="folder for checkpoints, logs and the model")
+    start: Path | None = Field(
+        None,
+        description="model whose weights are the first ones (fine-tuning), of the same `model` and `dropout` rates",
+    )
     data: DataSection
     model: ModelSection = ModelSection()
     dropout: DropoutSection = DropoutSection()
@@ -251,9 +256,13 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
     update = {
         "train": [folder / p for p in data.train],
         "validation": data.validation and [folder / p for p in data.validation],
+        "calibration": data.calibration and [folder / p for p in data.calibration],
         "isolated_atoms": folder / atoms if isinstance(atoms, Path) else atoms,
     }
-    return config.model_copy(update={"output": folder / config.output, "data": data.model_copy(update=update)})
+    start = config.start and folder / config.start
+    return config.model_copy(
+        update={"output": folder / config.output, "start": start, "data": data.model_copy(update=update)}
+    )
 
 
 def explain(error: ValidationError, root: type[BaseModel], hidden: tuple[str, ...] = ()) -> str:

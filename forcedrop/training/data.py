@@ -50,16 +50,21 @@ def prepare_data(config: TrainConfig) -> Prepared:
     isolated, origin = isolated_energies(frames, given=config.data.isolated_atoms)
     frames = [f for f in frames if not (len(f) == 1 and not f.pbc.any())] or singles
     generator = torch.Generator().manual_seed(config.seed)
-    calibrate = config.data.calibration_fraction if config.gives_error_bars else 0.0
-    if config.data.validation:
-        validation, more = read_labelled(config.data.validation, config.data, elements)
+    data, left = config.data, 1.0
+    if data.validation:
+        validation, more = read_labelled(data.validation, data, elements)
         problems = problems + more
-        train, calibration = _hold_out(frames, calibrate, generator)
     else:
-        rest, validation = _hold_out(frames, config.data.validation_fraction, generator)
-        train, calibration = _hold_out(rest, calibrate / (1 - config.data.validation_fraction), generator)
-    split = Split(train, validation, calibration)
-    return Prepared(split, elements, isolated, origin, energy_scale(train), problems)
+        frames, validation = _hold_out(frames, data.validation_fraction, generator)
+        left = 1 - data.validation_fraction
+    if data.calibration and config.gives_error_bars:
+        calibration, more = read_labelled(data.calibration, data, elements)
+        problems = problems + more
+    else:
+        share = data.calibration_fraction if config.gives_error_bars else 0.0
+        frames, calibration = _hold_out(frames, share / left, generator)
+    split = Split(frames, validation, calibration)
+    return Prepared(split, elements, isolated, origin, energy_scale(frames), problems)
 
 
 def read_labelled(

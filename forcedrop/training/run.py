@@ -10,11 +10,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -105,12 +107,14 @@ def build_trainer(config: TrainConfig, data: Prepared, world: World | None = Non
 def build_potential(
     config: TrainConfig, data: Prepared, graphs: list[AtomicGraph], device: torch.device, dtype: torch.dtype
 ) -> Potential:
-    """Return a network with random weights from the seed, norms and energy offsets measured on training data."""
+    """Return a network with random weights from the seed, norms and energy offsets measured on training data; or the start's."""
     shape = PotentialConfig(
         elements=data.elements,
         dropout=DropoutRates(**config.dropout.rates),
         **config.model.model_dump(),
     )
+    if config.start is not None:
+        return _start_weights(config.start, shape, device, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         potential = Potential(shape, data.isolated, data.energy_scale).to(dtype)
@@ -127,6 +131,26 @@ def build_potential(
     with torch.no_grad():
         potential.species_bias[:, 0] = torch.as_tensor(bias / data.energy_scale, dtype=dtype)
     return potential.to(device)
+
+
+def _start_weights(path: Path, shape: PotentialConfig, device: torch.device, dtype: torch.dtype) -> Potential:
+    """Return the network of a model as its training left it, without what was found afterwards (posterior, regression).
+
+    Norms, unit and energies of isolated atoms are the model's: its weights mean nothing without them.
+
+    Raises:
+        ConfigError: if it has another shape than is asked for, or does not know an element.
+    """
+    potential = load_model(path, device).potential.to(dtype)
+    own = replace(potential.config, elements=shape.elements)
+    if own != shape:
+        differ = [name for name, value in vars(shape).items() if getattr(own, name) != value]
+        raise ConfigError(f"`start`: {path} has other settings; these differ: {', '.join(differ)}")
+    if missing := sorted(set(shape.elements) - set(potential.config.elements)):
+        symbols = ", ".join(chemical_symbols[z] for z in missing)
+        raise ConfigError(f"`start`: {path} does not know {symbols}, which the training data hold")
+    potential.posterior = potential.refit = None
+    return potential
 
 
 def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
@@ -230,8 +254,8 @@ def _settings(config: TrainConfig) -> str:
     Free is what belongs to the machine (device, compilation, TF32, number of processes); of the data, the hash says more than
     the path.
     """
-    free: Any = dict.fromkeys(("output", "device", "workers", "compile", "tf32", "checkpoint_seconds"), True)
-    return config.model_dump_json(exclude={**free, "data": {"train", "validation", "isolated_atoms"}})
+    free: Any = dict.fromkeys(("output", "start", "device", "workers", "compile", "tf32", "checkpoint_seconds"), True)
+    return config.model_dump_json(exclude={**free, "data": {"train", "validation", "calibration", "isolated_atoms"}})
 
 
 def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:

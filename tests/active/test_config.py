@@ -26,7 +26,9 @@ def test_paths_are_relative_to_the_file(tmp_path) -> None:
     assert config.state == tmp_path / "state"
     assert config.start.files == [tmp_path / "start.h5"]
     assert config.explore.start_files == [tmp_path / "s.xyz"]
-    training = config.train_config(config.state / "labels.h5", config.state / "model", 50)
+    training = config.train_config(
+        {"train": [config.state / "labels.h5"], "validation": []}, config.state / "model", 50
+    )
     assert training.data.isolated_atoms == tmp_path / "atoms.h5"
     assert training.data.train == [config.state / "labels.h5"]
     assert training.output == config.state / "model"
@@ -35,14 +37,26 @@ def test_paths_are_relative_to_the_file(tmp_path) -> None:
 def test_constant_steps() -> None:
     training = {"batch_size": 4, "data": {"validation_fraction": 0.1, "calibration_fraction": 0.1}, "seed": 7}
     config = parse_active_config(values(retraining={"steps": 1000}, training=training))
-    for frames, epochs in ((50, 100), (100, 50), (500, 10)):  # ⌈0.8·50/4⌉ = 10 steps an epoch
-        own = config.train_config(config.state, config.state, frames, member=2)
+    for frames, epochs in ((40, 100), (80, 50), (399, 10)):  # ⌈40/4⌉ = 10 steps an epoch
+        own = config.train_config({"train": [config.state]}, config.state, frames, member=2)
         assert own.stage_one.epochs == epochs
         assert own.seed == 9
     capped = parse_active_config(values(retraining={"steps": 1000, "most_epochs": 60}, training=training))
-    assert capped.train_config(config.state, config.state, 50).stage_one.epochs == 60
+    assert capped.train_config({"train": [config.state]}, config.state, 40).stage_one.epochs == 60
     plain = parse_active_config(values(training={"stage_one": {"epochs": 33}}))
-    assert plain.train_config(config.state, config.state, 50).stage_one.epochs == 33
+    assert plain.train_config({"train": [config.state]}, config.state, 50).stage_one.epochs == 33
+
+
+def test_fine_tuning_has_steps_and_rates_of_its_own() -> None:
+    training = {"optimiser": {"learning_rate": 0.04, "adam_learning_rate": 0.01}, "batch_size": 4}
+    config = parse_active_config(
+        values(retraining={"steps": 1000, "fine_tune_steps": 200, "fine_tune_rate": 0.5}, training=training)
+    )
+    first = config.train_config({"train": [config.state]}, config.state, 40)
+    later = config.train_config({"train": [config.state]}, config.state, 40, start=config.state / "model.pt")
+    assert (first.stage_one.epochs, first.optimiser.learning_rate, first.start) == (100, 0.04, None)
+    assert (later.stage_one.epochs, later.start) == (20, config.state / "model.pt")
+    assert (later.optimiser.learning_rate, later.optimiser.adam_learning_rate) == (0.02, 0.005)
 
 
 def test_batches_by_round() -> None:
@@ -58,6 +72,8 @@ def test_batches_by_round() -> None:
         ({"explore": {"temperature": [300]}}, "missing key `explore.temperatures`"),
         ({"stopp": 1}, "unknown key `stopp`; did you mean `stop`"),
         ({"training": {"output": "x"}}, "`training` must not hold `output`: the loop sees to it"),
+        ({"training": {"start": "model.pt"}}, "`training` must not hold `start`: the loop sees to it"),
+        ({"training": {"data": {"calibration": ["x"]}}}, "`training` must not hold `data.calibration`"),
         ({"training": {"data": {"train": ["x"]}}}, "`training` must not hold `data.train`"),
         ({"training": {"stage_one": {"epoch": 3}}}, "unknown key `stage_one.epoch`; did you mean `stage_one.epochs`"),
         ({"training": {"posterior": {"frames": 0}}}, "gives no error bars to pick by"),

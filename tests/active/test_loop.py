@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
 from forcedrop.active import ActiveLoop, resolve_threshold
 from forcedrop.active.config import parse_active_config
+from forcedrop.active.loop import split_roles
 from forcedrop.active.state import frame_key
 from forcedrop.cli import app
 from forcedrop.evaluation import predict_frames
@@ -261,3 +263,67 @@ def test_command_line(done, tmp_path) -> None:
     found = runner.invoke(app, ["active", str(tmp_path / "bad.yaml")])
     assert found.exit_code == 1
     assert "unknown key `explor`; did you mean `explore`?" in found.output
+
+
+def test_what_a_label_is_for_stays() -> None:
+    shares = {"validation": 0.1, "calibration": 0.2}
+    rounds = [0] * 30 + [1] * 5 + [2] * 25
+    whole = split_roles(rounds, [True] * 60, shares, seed=3)
+    assert [whole.count(name) for name in ("validation", "calibration", "train")] == [6, 12, 42]
+    for n in (30, 35):
+        part = split_roles(rounds[:n], [True] * n, shares, seed=3)
+        assert part == whole[:n]
+        assert part.count("calibration") == round(0.2 * n)
+    assert split_roles(rounds, [True] * 60, shares, seed=4) != whole
+    single = split_roles([0, 0, 0, 1], [False, True, True, True], {"validation": 0.4, "calibration": 0.0}, seed=0)
+    assert single[0] == "train"
+    assert sorted(single[1:]) == ["train", "train", "validation"]
+    with pytest.raises(ValueError, match="2 labels are too few to hold out"):
+        split_roles([0, 0], [True, True], shares, seed=0)
+
+
+def test_no_frame_that_ever_trained_calibrates(done) -> None:
+    """Not even in a round before, whose network may be the start of this one's."""
+    files = {role: [done.state.round(n) / f"{role}.h5" for n in range(3)] for role in ("train", "calibration")}
+    keys = {role: {frame_key(f) for p in paths if p.exists() for f in read_frames(p)} for role, paths in files.items()}
+    assert len(keys["calibration"]) == round(0.25 * 19)
+    assert not keys["train"] & keys["calibration"]
+    for number, labels in ((1, 12), (2, 16), (3, 19)):
+        split = json.loads((done.state.round(number) / "model" / "split.json").read_text())
+        assert sum(len(part) for part in split.values()) == labels
+        for role in files:
+            assert {Path(source.rpartition("#")[0]).name for source in split[role]} == {f"{role}.h5"}
+
+
+def test_fine_tuning_goes_on_with_the_network_of_the_round_before(done, tmp_path) -> None:
+    made = loop(tmp_path, retraining={"steps": 12, "fine_tune_steps": 3, "fine_tune_rate": 1e-6})
+    made.run()
+    networks = [load_model(made.state.round(n) / "model" / "model.pt").potential for n in (1, 2, 3)]
+    anew = [load_model(done.state.round(n) / "model" / "model.pt").potential for n in (1, 2)]
+    for name, first in networks[0].named_parameters():
+        torch.testing.assert_close(anew[0].get_parameter(name), first, rtol=0, atol=0)  # the first round is the same
+        for later in networks[1:]:  # at such a rate weights stay where they were
+            torch.testing.assert_close(later.get_parameter(name), first, rtol=1e-4, atol=1e-4)
+    assert any(
+        not torch.allclose(weight, anew[1].get_parameter(name), atol=1e-2)
+        for name, weight in networks[1].named_parameters()
+    )
+    assert not torch.equal(networks[1].refit, networks[0].refit)  # regression and posterior are of all labels
+    assert [row["labels"] for row in rows(made, "rounds.csv")] == ["12", "16", "19"]
+
+
+def test_members_that_train_side_by_side_are_the_same(tmp_path) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        made = loop(
+            tmp_path / name, retraining={"steps": 4, "workers": workers}, pick={"strategy": "committee", "members": 2},
+            stop={"labels": 12},
+        )  # fmt: skip
+        made.run()
+    for member in ("model", "model-1"):
+        a, b = (
+            load_model(tmp_path / name / "state" / "rounds" / "001" / member / "model.pt").potential.state_dict()
+            for name in ("one", "two")
+        )
+        for key, weight in a.items():
+            torch.testing.assert_close(b[key], weight, rtol=1e-5, atol=1e-6)

@@ -224,3 +224,44 @@ def test_early_stopping(folder: Path) -> None:
     assert len(rows) < 40
     best = int(np.argmin([float(r["val_loss"]) for r in rows]))
     assert len(rows) == best + 1 + 2
+
+
+def test_own_calibration_files(folder: Path) -> None:
+    write_frames(folder / "held.h5", emt_frames(7, seed=5))
+    write_frames(folder / "watched.h5", emt_frames(3, seed=6))
+    data = {"validation": [folder / "watched.h5"], "calibration": [folder / "held.h5"]}
+    model = train(parse_config(settings(folder, data=data)))
+    split = json.loads((folder / "run" / "split.json").read_text())
+    assert {name: len(part) for name, part in split.items()} == {"train": 24, "validation": 3, "calibration": 7}
+    assert model.calibration.n_frames == 7
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_model(folder: Path, trained_folder: Path) -> None:
+    start = trained_folder / "run" / "model.pt"
+    before = load_model(start).potential
+    rate = {"learning_rate": 1e-9, "adam_learning_rate": 1e-9, "weight_decay": 0.0}
+    values = settings(folder, start=start, optimiser=rate, stage_one={"epochs": 2}, stage_two={"epochs": 0})
+    train(parse_config(values))
+    after = load_model(folder / "run" / "model.pt").potential
+    for name, weight in before.named_parameters():
+        torch.testing.assert_close(after.get_parameter(name), weight, rtol=0, atol=1e-6)
+    assert torch.equal(after.energy_scale, before.energy_scale)
+    # and it learns from there: the first epoch is better than the last one of a training from nothing that is as long
+    errors = {}
+    for name, changes in (("tuned", {"start": start}), ("new", {})):
+        values = settings(folder, stage_one={"epochs": 2}, stage_two={"epochs": 0}, output=folder / name, **changes)
+        errors[name] = train(parse_config(values)).provenance["last_epoch"]["val_forces_meV_A"]
+    assert errors["tuned"] < 0.7 * errors["new"]
+
+
+def test_fine_tuning_refuses_other_networks(folder: Path, trained_folder: Path) -> None:
+    start = trained_folder / "run" / "model.pt"
+    with pytest.raises(ConfigError, match=r"`start`: .*model.pt has other settings; these differ: n_channels"):
+        train(parse_config(settings(folder, start=start, model={"n_channels": 7})))
+    other = Frame.from_atoms(Atoms("Ag", cell=[4, 4, 4], pbc=True), energy=0.0, forces=np.zeros((1, 3)))
+    write_frames(folder / "train.h5", [*emt_frames(24), other])
+    data = {"isolated_atoms": {"Cu": 0.0, "Ag": 0.0}}
+    with pytest.raises(ConfigError, match=r"`start`: .*model.pt does not know Ag"):
+        train(parse_config(settings(folder, start=start, data=data)))
+    with pytest.raises(ValueError, match=r"nowhere.pt"):
+        train(parse_config(settings(folder, start=folder / "nowhere.pt", data=data)))
