@@ -18,7 +18,7 @@ from forcedrop.potential import DropoutRates, Potential
 from forcedrop.sampling import predict
 from forcedrop.structures import write_frames
 from forcedrop.training import TrainingDiverged, load_model, parse_config, train
-from forcedrop.training.data import build_graphs, prepare_data
+from forcedrop.training.data import prepare_data
 from forcedrop.training.loop import CHECK_EVERY, Trainer
 from forcedrop.training.posterior import jacobian
 from forcedrop.training.run import build_trainer
