@@ -84,8 +84,10 @@ class PickSection(_Section):
     """What is labelled next."""
 
     batch: int | list[int] = Field(20, description="labels a round; a list is by round, its last entry for those after")
-    strategy: Literal["uncertain", "random", "committee"] = Field(
-        "uncertain", description="by σ and distance; at random; by σ of several networks and distance"
+    strategy: Literal["uncertain", "informative", "random", "committee"] = Field(
+        "uncertain",
+        description="by σ and distance; by what is left of the variance over all candidates; at random; by σ of several networks "
+        "and distance",
     )
     members: int = Field(3, ge=2, description="networks of a committee")
     min_distance: float = Field(0.1, ge=0, description="between picks, and to what is labelled; nearer are duplicates")

@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 from forcedrop.active.audit import round_rows, write_tables
 from forcedrop.active.config import ActiveConfig
+from forcedrop.active.design import information
 from forcedrop.active.exploring import Limits, Run, Seen, explore, explored, plan_runs, summary
 from forcedrop.active.flagging import resolve_threshold
 from forcedrop.active.judging import judge, stop_reason, verdict
 from forcedrop.active.labelling import DaskCluster, Executor, ProcessPool, Rules, bare, label_frames, labelled
 from forcedrop.active.oracles import Oracle, find_oracle
 from forcedrop.active.picking import (
+    STRATEGIES,
     Pick,
     Pool,
     Random,
-    Strategy,
-    Uncertain,
     committee_sigma,
     scaled_features,
     structure_features,
@@ -311,11 +311,12 @@ class ActiveLoop:
             calibration = [f for path in self._files(number)[0]["calibration"] for f in read_frames(path)] or known
             sigma, threshold = committee_sigma(models, frames, calibration, self.config.explore.quantile)
         pool = Pool(sigma, threshold, features, before)
+        if settings.strategy == "informative":
+            noise = self.state.result(number, "train")["validation_forces"]
+            pool = replace(pool, information=information(models[0], frames, noise))
         count = min(settings.size(number), self.config.stop.labels - len(known))
         rng = np.random.default_rng([self.config.seed, number, 1])
-        strategy: Strategy = (
-            Random(settings.min_distance) if settings.strategy == "random" else Uncertain(settings.min_distance)
-        )
+        strategy = STRATEGIES[settings.strategy](settings.min_distance)
         check = Random(settings.min_distance, "check").pick(pool, min(settings.check, count), rng)
         return [*check, *strategy.pick(pool, count - len(check), rng, check)], pool
 

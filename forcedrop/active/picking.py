@@ -7,13 +7,14 @@ square difference. Two frames that the network cannot tell apart are at 0, two d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from forcedrop.active.design import Design
 from forcedrop.evaluation import predict_frames
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, group_by_atoms, pair_vectors
 from forcedrop.structures import Frame
@@ -29,12 +30,14 @@ class Pool:
         threshold: σ above which a candidate is flagged.
         features: of every candidate, scaled, shape (n, D).
         known: of the frames that are labelled already, shape (m, D).
+        information: of every candidate, what its label would say, shape (n, K, K); see ``forcedrop.active.design``.
     """
 
     sigma: np.ndarray
     threshold: float
     features: np.ndarray
     known: np.ndarray
+    information: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)))
 
     @property
     def flagged(self) -> np.ndarray:
@@ -96,6 +99,35 @@ class Uncertain:
 
 
 @dataclass(frozen=True)
+class Informative:
+    """Greedily the flagged frame whose label would leave least variance over all candidates, see ``forcedrop.active.design``.
+
+    Attributes:
+        min_distance: nearer frames are duplicates.
+    """
+
+    min_distance: float = 0.1
+
+    def pick(self, pool: Pool, count: int, rng: np.random.Generator, chosen: Sequence[Pick] = ()) -> list[Pick]:
+        """Choose; nothing is drawn at random."""
+        design = Design(pool.information)
+        for pick in chosen:
+            design.add(pick.index)
+        distance = _distances(pool, chosen)
+        picks: list[Pick] = []
+        for _ in range(count):
+            open_ = np.flatnonzero(pool.flagged & (distance > self.min_distance))
+            if not len(open_):
+                break
+            gains = design.gains(open_)
+            best = int(open_[np.argmax(gains)])
+            picks.append(Pick(best, "informative", float(gains.max()), float(distance[best])))
+            design.add(best)
+            distance = np.minimum(distance, _rms(pool.features, pool.features[best]))
+        return picks
+
+
+@dataclass(frozen=True)
 class Random:
     """Any frame, flagged or not: what the others must beat, and an unbiased sample to judge σ on.
 
@@ -118,6 +150,15 @@ class Random:
                 picks.append(Pick(index, self.reason, 0.0, float(distance[index])))
                 distance = np.minimum(distance, _rms(pool.features, pool.features[index]))
         return picks
+
+
+STRATEGIES: Mapping[str, Callable[[float], Strategy]] = {
+    "uncertain": Uncertain,
+    "informative": Informative,
+    "random": Random,
+    "committee": Uncertain,
+}
+"""By the name in a loop's file; a committee picks as one network does, by a σ of its own."""
 
 
 def _distances(pool: Pool, chosen: Sequence[Pick]) -> np.ndarray:

@@ -5,7 +5,17 @@ import pytest
 import torch
 from ase.build import bulk
 
-from forcedrop.active.picking import Pick, Pool, Random, Uncertain, scaled_features, structure_features
+from forcedrop.active.design import Design, information
+from forcedrop.active.picking import (
+    Informative,
+    Pick,
+    Pool,
+    Random,
+    Uncertain,
+    scaled_features,
+    structure_features,
+)
+from forcedrop.evaluation import predict_frames
 from forcedrop.graph import pair_vectors
 from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel
@@ -102,3 +112,68 @@ def test_scaling() -> None:
     alike = scaled_features(np.ones((3, 2)), np.ones((2, 2)))
     assert alike[0].shape == (3, 1)
     assert not alike[0].any()
+
+
+def linear_pool(seed: int, n: int = 9, k: int = 5) -> tuple[Pool, np.ndarray]:
+    """Deviations (n, 6, k) of frames whose forces are linear in k unknown weights, and their pool; all of them are flagged."""
+    rng = np.random.default_rng(seed)
+    deviations = rng.normal(size=(n, 6, k)) * rng.uniform(0.2, 2.0, (n, 1, 1))
+    gram = np.einsum("nmk,nml->nkl", deviations, deviations)
+    return Pool(np.ones(n), 0.5, rng.normal(size=(n, 3)), np.full((1, 3), 50.0), gram), deviations
+
+
+def left_over(deviations: np.ndarray, labelled: list[int]) -> float:
+    """The mean over frames of the trace of the posterior covariance of their forces, by Gaussian conditioning."""
+    flat = deviations.reshape(-1, deviations.shape[2])
+    prior = flat @ flat.T
+    rows = [6 * i + a for i in labelled for a in range(6)]
+    posterior = prior
+    if rows:
+        cross = prior[:, rows]
+        posterior = prior - cross @ np.linalg.solve(prior[np.ix_(rows, rows)] + np.eye(len(rows)), cross.T)
+    return float(np.trace(posterior)) / len(deviations)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_informative_frame_leaves_least_variance_over_the_pool(seed: int) -> None:
+    pool, deviations = linear_pool(seed)
+    chosen: list[int] = []
+    for _ in range(4):
+        rest = [i for i in range(9) if i not in chosen]
+        chosen.append(min(rest, key=lambda i: left_over(deviations, [*chosen, i])))
+    picks = Informative(0.0).pick(pool, 4, np.random.default_rng(0))
+    assert [pick.index for pick in picks] == chosen
+    for n, pick in enumerate(picks):
+        gain = left_over(deviations, chosen[:n]) - left_over(deviations, chosen[: n + 1])
+        assert pick.score == pytest.approx(gain, rel=1e-9)
+    # what was drawn before counts as labelled
+    after = Informative(0.0).pick(pool, 2, np.random.default_rng(0), picks[:2])
+    assert [pick.index for pick in after] == chosen[2:]
+    design = Design(pool.information)
+    assert design.left() == pytest.approx(left_over(deviations, []), rel=1e-12)
+
+
+def test_an_informative_copy_is_worth_little_and_what_is_not_flagged_nothing() -> None:
+    pool, _ = linear_pool(7)
+    gram = pool.information.copy()
+    gram[4] = 30 * gram[4]
+    gram[5] = gram[4]
+    features = pool.features.copy()
+    pool = Pool(pool.sigma, 0.5, features, pool.known, gram)
+    first, second = Informative(0.0).pick(pool, 2, np.random.default_rng(0))
+    assert first.index in (4, 5)
+    assert second.index not in (4, 5)
+    sigma = pool.sigma.copy()
+    sigma[first.index] = 0.1
+    assert first.index not in [
+        p.index for p in Informative(0.0).pick(Pool(sigma, 0.5, features, pool.known, gram), 9, None)
+    ]
+
+
+def test_information_is_the_spread_of_forces(trained) -> None:
+    frames = emt_frames(3, seed=9)
+    found = information(trained, frames, noise=0.1)
+    assert found.shape == (3, 4, 4)  # all masks of its bank
+    for gram, p in zip(found, predict_frames(trained, frames, n_samples=4), strict=True):
+        assert np.trace(gram) == pytest.approx(np.square(p.std["forces"] / 0.1).sum(), rel=1e-6)
+        np.testing.assert_allclose(gram.sum(0), 0, atol=1e-8 * np.trace(gram))  # deviations from the mean
