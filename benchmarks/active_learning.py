@@ -110,7 +110,8 @@ def prepare(data: Path) -> None:
         if not path.exists():
             write_frames(path, hot(atoms, np.random.default_rng([2026, 77, number])))
         parts += read_frames(path)
-    write_frames(RUNS / "test_1200K.h5", parts)
+    if not (RUNS / "test_1200K.h5").exists():
+        write_frames(RUNS / "test_1200K.h5", parts)
 
 
 def hot(atoms: Atoms, rng: np.random.Generator) -> list[Frame]:

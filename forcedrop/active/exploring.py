@@ -45,12 +45,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a run ends [eV/Å], [eV/Å], in units of the target temperature, in units of the sum of covalent radii."""
+    """Where frames are flagged and where a run ends.
+
+    Attributes:
+        threshold: σ of a flagged frame [eV/Å].
+        stop_above: σ at which a run ends [eV/Å].
+        hottest: temperature, in units of the target's.
+        closest: distance, in units of the sum of covalent radii.
+        cutoff: of the network [Å]; it knows nothing of an atom that has lost all neighbours within.
+    """
 
     threshold: float
     stop_above: float
     hottest: float
     closest: float
+    cutoff: float
 
 
 @dataclass(frozen=True)
@@ -189,12 +198,14 @@ def _model(path: Path, changed: int, device: str) -> TrainedModel:
 def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:
     """Yield the frames of a run up to the first that shows that it went astray, without the start.
 
-    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature. What comes after means nothing.
+    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, more atoms than at the start that have no
+    neighbour within the cutoff. What comes after means nothing.
     """
     with FrameStore(folder / run.name / "md.h5") as store:
         frames = store[:]
+    lone = lone_atoms(frames[0], limits.cutoff) if frames else 0
     for frame in frames:
-        if problem(frame, run, limits) is not None:
+        if problem(frame, run, limits) is not None or lone_atoms(frame, limits.cutoff) > lone:
             return
         if frame.info["step"] > 0:
             alone = Frame(z=frame.z, pos=frame.pos, cell=frame.cell, pbc=frame.pbc)
@@ -225,6 +236,12 @@ def nearest(frame: Frame) -> float:
     i, j = edges
     distance = np.linalg.norm(frame.pos[j] + shift @ frame.cell - frame.pos[i], axis=1)
     return float(min(1.0, (distance / (radii[i] + radii[j])).min()))
+
+
+def lone_atoms(frame: Frame, cutoff: float) -> int:
+    """Return the number of atoms without a neighbour within ``cutoff`` [Å]."""
+    edges, _, _ = NeighbourFinder(cutoff)(frame.pos, frame.cell, frame.pbc)
+    return len(frame) - len(np.unique(edges[0]))
 
 
 def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[Seen]:

@@ -245,7 +245,7 @@ class ActiveLoop:
                 "model is too unsure of its own calibration frames to explore with; start from more frames, or train for longer"
             )
         before = [self.state.result(n, "explore")["threshold"] for n in range(1, number)]
-        return Limits(min([threshold, *before]), stop, settings.hottest, settings.closest)
+        return Limits(min([threshold, *before]), stop, settings.hottest, settings.closest, model.cutoff)
 
     def plan(self, number: int) -> list[tuple[Run, Frame]]:
         """Return the runs of a round, whose start frames are those that were labelled before it."""

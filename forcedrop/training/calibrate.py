@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -57,6 +58,9 @@ def calibrate(
     Curve and elements' factors are those of the forces where there are any, else one factor is that of the energies; what each
     property on its own would ask for is kept beside them.
 
+    Atoms without a neighbour within the cutoff are left out, with a warning: energies of single atoms have no slope, so force and
+    spread are 0 whatever was learned, and no factor makes an error bar of that.
+
     Args:
         model: what to calibrate; a calibration that it has already is not looked at.
         graphs: labelled, on no frame that trained or stopped the model.
@@ -66,6 +70,12 @@ def calibrate(
         ValueError: if the graphs carry neither forces nor energies.
     """
     found = _predictions(model, graphs, n_samples)
+    if alone := sum(int((~_bound(graph)).sum()) for graph in graphs if bool(graph.has_forces)):
+        warnings.warn(
+            f"{alone} atoms of the frames to calibrate on have no neighbour within {model.cutoff:g} Å: their forces are not "
+            "calibrated, σ is 0 there",
+            stacklevel=2,
+        )
     forces = _force_errors(graphs, found)
     energies = _entries(graphs, found, "energy", [p.std for p in found])
     if forces is not None:
@@ -171,9 +181,18 @@ def _force_errors(graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction
     rows = []
     for index, (graph, p) in enumerate(zip(graphs, found, strict=True)):
         if bool(graph.has_forces):
+            bound = _bound(graph)
             error = p.mean["forces"] - graph.forces.double().cpu().numpy()
-            rows.append((error, p.std["forces"], graph.z.cpu().numpy(), np.full(len(error), index)))
+            columns = (error, p.std["forces"], graph.z.cpu().numpy(), np.full(len(error), index))
+            rows.append(tuple(column[bound] for column in columns))
     return ForceErrors(*(np.concatenate(column) for column in zip(*rows, strict=True))) if rows else None
+
+
+def _bound(graph: AtomicGraph) -> np.ndarray:
+    """Return which atoms have a neighbour within the cutoff, shape (N,); of a single atom, or a crystal's, all count as bound."""
+    degree = np.bincount(graph.edge_index[0].cpu().numpy(), minlength=graph.num_nodes)
+    bound: np.ndarray = (degree > 0) | (graph.num_nodes == 1)
+    return bound
 
 
 def _entries(
@@ -184,6 +203,7 @@ def _entries(
     for graph, p, own in zip(graphs, found, sigma, strict=True):
         if bool(graph[f"has_{name}"]):
             label = graph[name].reshape(np.shape(p.mean[name])).double().cpu().numpy()
-            errors.append(np.ravel(p.mean[name] - label))
-            spreads.append(np.ravel(own[name]))
+            chosen = _bound(graph) if name == "forces" else ...
+            errors.append(np.ravel(np.asarray(p.mean[name] - label)[chosen]))
+            spreads.append(np.ravel(np.asarray(own[name])[chosen]))
     return (np.concatenate(errors), np.concatenate(spreads)) if errors else None

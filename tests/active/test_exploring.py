@@ -9,6 +9,7 @@ from forcedrop.active.exploring import (
     Run,
     acceptable,
     explore,
+    lone_atoms,
     nearest,
     plan_runs,
     problem,
@@ -18,7 +19,7 @@ from forcedrop.active.state import frame_key
 from forcedrop.structures import Frame, FrameStore
 from tests.conftest import emt_frames
 
-LIMITS = Limits(threshold=0.1, stop_above=1.0, hottest=4.0, closest=0.6)
+LIMITS = Limits(threshold=0.1, stop_above=1.0, hottest=4.0, closest=0.6, cutoff=4.0)
 RUN = Run("000_300K", 300.0, 1, "k")
 
 
@@ -56,6 +57,22 @@ def test_nothing_after_an_explosion(tmp_path) -> None:
     assert frame_key(seen[0].frame) == frame_key(steps[1])
 
 
+def test_an_atom_that_leaves_ends_the_frames_to_pick_from(tmp_path) -> None:
+    def step(number: int, height: float) -> Frame:
+        info = {**recorded(number).info}
+        return Frame.from_atoms(Atoms("H2O", [[0, 0, 0], [0, 1, height], [0, 0, 1]]), info=info)
+
+    for name, heights, good in (("a", (0.5, 3.0, 6.0, 0.5), 1), ("b", (7.0, 6.0, 8.0, 0.5), 3)):
+        run = Run(name, 300.0, 1, "k")  # in the second one an atom is alone from the start
+        (tmp_path / name).mkdir()
+        with FrameStore(tmp_path / name / "md.h5", "w") as store:
+            store.append([step(5 * k, height) for k, height in enumerate(heights)])
+        assert len(list(acceptable(tmp_path, run, LIMITS))) == good
+    assert lone_atoms(step(0, 7.0), 4.0) == 1
+    assert lone_atoms(recorded(0), 2.0) == 4
+    assert lone_atoms(Frame.from_atoms(bulk("Cu", a=3.6)), 4.0) == 0  # its own images are neighbours
+
+
 def test_plan() -> None:
     settings = ExploreSection(temperatures=[300, 600], starts=2, seeds=3)
     starts = emt_frames(5)
@@ -74,7 +91,7 @@ def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, mon
     settings = ExploreSection(temperatures=[300, 900], starts=1, steps=10, timestep=2.0, record_every=5, samples=3)
     plan = plan_runs(settings, emt_frames(3), 0, 1)
     arguments = (trained_folder / "run" / "model.pt",)
-    limits = Limits(0.0, 1e-6, 4.0, 0.6)
+    limits = Limits(0.0, 1e-6, 4.0, 0.6, 4.0)
     rest = (settings, limits, "cpu")
     found = explore(plan, *arguments, tmp_path / "a", *rest)
     assert [run["name"] for run in found] == ["000_300K", "001_900K"]
@@ -82,7 +99,7 @@ def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, mon
     numbers = summary(found, tmp_path / "a", limits)
     assert (numbers["runs"], numbers["stopped"], numbers["exploded"], numbers["ps"]) == (2, 2, 0, 0.0)
     # one is lost, with a half of it left over
-    wide = Limits(0.0, 1e6, 4.0, 0.6)
+    wide = Limits(0.0, 1e6, 4.0, 0.6, 4.0)
     explore(plan, *arguments, tmp_path / "b", settings, wide, "cpu")
     before = {run.name: [s.frame.pos for s in acceptable(tmp_path / "b", run, wide)] for run, _ in plan}
     (tmp_path / "b" / "001_900K").rename(tmp_path / "b" / ".001_900K.1.part")
@@ -107,10 +124,15 @@ def test_several_at_once_are_the_same_runs(trained_folder, tmp_path) -> None:
     for workers in (1, 2):
         own = settings.model_copy(update={"workers": workers})
         explore(
-            plan, trained_folder / "run" / "model.pt", tmp_path / str(workers), own, Limits(0.0, 1e6, 9.0, 0.1), "cpu"
+            plan,
+            trained_folder / "run" / "model.pt",
+            tmp_path / str(workers),
+            own,
+            Limits(0.0, 1e6, 9.0, 0.1, 4.0),
+            "cpu",
         )
     for run, _ in plan:
-        one, two = ([s.frame.pos for s in acceptable(tmp_path / w, run, Limits(0.0, 1e6, 9.0, 0.1))] for w in "12")
+        one, two = ([s.frame.pos for s in acceptable(tmp_path / w, run, Limits(0.0, 1e6, 9.0, 0.1, 4.0))] for w in "12")
         np.testing.assert_array_equal(one, two)
 
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from ase import Atoms
 
 from forcedrop.calibration import Calibration, Growth
 from forcedrop.metrics import nll
-from forcedrop.training.calibrate import CANDIDATES, ForceErrors, choose, cross_validate, monotone
+from forcedrop.training.calibrate import CANDIDATES, ForceErrors, calibrate, choose, cross_validate, monotone
+from tests.conftest import emt_frames, graph_of
 
 
 def made(exponent: float = 0.0, elements: dict[int, float] | None = None, frames: int = 60) -> ForceErrors:
@@ -58,3 +60,20 @@ def test_every_candidate_is_worth_its_name() -> None:
         cross_validate(made(1.0), CANDIDATES[1]).mean(), abs=0.05
     )
     assert isinstance(choose(forces).curve, Growth)
+
+
+def test_atoms_that_no_potential_can_know_do_not_calibrate(trained) -> None:
+    """An atom without neighbours has no force and no spread, whatever its label says."""
+    with_one, without = [], []
+    for frame in emt_frames(6, seed=3):
+        atoms = frame.to_atoms()
+        atoms.pbc = False
+        without.append(graph_of(atoms, 4.0, forces=frame.forces))
+        atoms = atoms + Atoms("Cu", [[0, 0, 30.0]])
+        with_one.append(graph_of(atoms, 4.0, forces=np.vstack([frame.forces, [[0.1, 0.2, 0.3]]])))
+    expected = calibrate(trained, without)
+    with pytest.warns(UserWarning, match=r"6 atoms of the frames to calibrate on have no neighbour within 4 Å"):
+        found = calibrate(trained, with_one)
+    assert found.scales["forces"] == pytest.approx(expected.scales["forces"], rel=1e-9)
+    assert found.quantiles["atoms"] == pytest.approx(expected.quantiles["atoms"], rel=1e-9)
+    assert found.curve == expected.curve
