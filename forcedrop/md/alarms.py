@@ -18,11 +18,14 @@ from as many samples as the calibration did: fewer make σ noisier, and alarms m
 to the largest fifth, at most 100 of them, by probability-weighted moments (Hosking & Wallis, Technometrics 29, 339 (1987)); its
 shape is kept in [0, ½]: from so few frames neither an end of the tail nor an infinite variance is believed. For levels that one
 frame in 100, 1000 or 10⁴ exceeds, nine of ten trials with log-normal σ had at most 3, 4 or 7 times the stated alarms with 50
-frames, 1.4, 1.8 or 2.5 times with 400 (and often far fewer). What was done is said in ``Band.note``.
+frames, 1.4, 1.8 or 2.5 times with 400 (and often far fewer). What was done is said in ``Band.note``. Of levels that fewer than one frame
+in 20 N exceeds a warning says that they are guesses: on ethanol (``benchmarks/guarded_md.py``) such a level was passed 100 times as
+often as it should.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +40,8 @@ WINDOW = 5.0
 """Autocorrelations are summed up to so many autocorrelation times."""
 MOST = 100
 """Values that a tail is fitted to, at most."""
+FARTHEST = 20
+"""Times the number of frames: a level that a smaller share than one in so many exceeds is a guess."""
 INDEPENDENT = 0.5
 """The integrated autocorrelation time of independent checks."""
 
@@ -163,6 +168,8 @@ def band_from_calibration(
             checks for independent, which gives fewer alarms than stated.
         criterion: one of ``forcedrop.calibration.CRITERIA``.
 
+    Warns (``UserWarning``) where so few calibration frames cannot tell the level.
+
     Raises:
         ValueError: without a calibration or levels, for stops more frequent than flags, or rates that no level has.
     """
@@ -180,7 +187,14 @@ def band_from_calibration(
     correlation = max(correlation_time / interval, INDEPENDENT)
     notes, limits = [], []
     for name, rate in (("low", flags_per_ps), ("high", stops_per_ps)):
-        level, how = tail_level(levels, tail_for_rate(rate * interval / 1000, correlation))
+        tail = tail_for_rate(rate * interval / 1000, correlation)
+        level, how = tail_level(levels, tail)
+        if tail * len(levels) * FARTHEST < 1:
+            warnings.warn(
+                f"{rate:.3g} false alarms per ps is one check in {1 / tail:.2g}, and {len(levels)} calibration frames cannot tell "
+                f"the σ of more than one in {FARTHEST * len(levels)}: alarms may be 100 times as many; give σ itself for `{name}`",
+                stacklevel=2,
+            )
         limits.append(level)
         notes.append(f"{name}: {rate:.3g} false alarms per ps, {how}")
     return Band(limits[0], max(limits), criterion, "; ".join(notes))

@@ -95,10 +95,12 @@ def test_a_tail_is_extrapolated(shape: float) -> None:
 
 def test_bad_bands() -> None:
     calibration = Calibration(Growth(1.0), levels={"max_force": levels(50)})
-    settings = {"flags_per_ps": 1.0, "stops_per_ps": 0.1, "interval": 5.0}
+    settings = {"flags_per_ps": 1.0, "stops_per_ps": 0.25, "interval": 5.0}
     band = band_from_calibration(calibration, **settings)
     assert band.low < band.high
     assert "low: 1 false alarms per ps" in band.note
+    with pytest.warns(UserWarning, match=r"one check in 2e\+05, and 50 calibration frames .* in 1000.* for `high`"):
+        band_from_calibration(calibration, **{**settings, "stops_per_ps": 0.001})
     for changes, message in (
         ({"stops_per_ps": 2.0}, "stops_per_ps ≤ flags_per_ps is needed"),
         ({"interval": 0.0}, "interval between checks must be positive"),
