@@ -18,9 +18,9 @@ from as many samples as the calibration did: fewer make σ noisier, and alarms m
 to the largest fifth, at most 100 of them, by probability-weighted moments (Hosking & Wallis, Technometrics 29, 339 (1987)); its
 shape is kept in [0, ½]: from so few frames neither an end of the tail nor an infinite variance is believed. For levels that one
 frame in 100, 1000 or 10⁴ exceeds, nine of ten trials with log-normal σ had at most 3, 4 or 7 times the stated alarms with 50
-frames, 1.4, 1.8 or 2.5 times with 400 (and often far fewer). What was done is said in ``Band.note``. Of levels that fewer than one frame
-in 20 N exceeds a warning says that they are guesses: on ethanol (``benchmarks/guarded_md.py``) such a level was passed 100 times as
-often as it should.
+frames, 1.4, 1.8 or 2.5 times with 400 (and often far fewer). What was done is said in ``Band.note``. Of levels that fewer
+than one frame in 20 N exceeds a warning says that they are guesses: on ethanol (``benchmarks/guarded_md.py``) one was passed 100
+times as often as it should have been.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def band_from_calibration(
         level, how = tail_level(levels, tail)
         if tail * len(levels) * FARTHEST < 1:
             warnings.warn(
-                f"{rate:.3g} false alarms per ps is one check in {1 / tail:.2g}, and {len(levels)} calibration frames cannot tell "
-                f"the σ of more than one in {FARTHEST * len(levels)}: alarms may be 100 times as many; give σ itself for `{name}`",
+                f"{rate:.3g} false alarms per ps is one check in {1 / tail:.2g}, and {len(levels)} calibration frames cannot "
+                f"tell σ of more than one in {FARTHEST * len(levels)}: there may be 100 times as many; give σ for `{name}`",
                 stacklevel=2,
             )
         limits.append(level)
