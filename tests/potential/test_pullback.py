@@ -79,7 +79,8 @@ def test_blocks_of_atoms_change_nothing(monkeypatch) -> None:
 def test_blocks_cover_the_atoms_once() -> None:
     blocks = blocks_of(10, pullback_module.BLOCK_BYTES // 3, torch.device("cpu"))
     assert [range(10)[b] for b in blocks] == [range(3), range(3, 6), range(6, 9), range(9, 10)]
-    assert blocks_of(10, 1, torch.device("cuda")) == [slice(0, 10)]
+    assert blocks_of(10, 2**20, torch.device("cuda")) == [slice(0, 10)]
+    assert len(blocks_of(3000, 2**20, torch.device("cuda"))) == 3
 
 
 @pytest.mark.parametrize("l_max", [1, 2, 3, 4, 5])
