@@ -17,6 +17,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _listed(values: int | list[int]) -> list[int]:
+    return values if isinstance(values, list) else [values]
+
+
+def _of_round(values: int | list[int], number: int) -> int:
+    """Return the entry of round ``number``, from 1 on; the last one stands for those after it."""
+    return _listed(values)[min(number, len(_listed(values))) - 1]
+
+
 class StartSection(_Section):
     """What is known at first."""
 
@@ -38,8 +47,10 @@ class OracleSection(_Section):
 class RetrainingSection(_Section):
     """How long a round trains, on all labels; the rest is in `training`."""
 
-    steps: int | None = Field(
-        None, ge=1, description="steps of stage one, whatever the number of labels; otherwise `training` says epochs"
+    steps: int | list[int] | None = Field(
+        None,
+        description="steps of stage one, whatever the number of labels; a list is by round, its last entry for those after; "
+        "otherwise `training` says epochs",
     )
     most_epochs: int = Field(2000, ge=1, description="limit on the epochs that steps come to")
     fine_tune_steps: int | None = Field(
@@ -49,6 +60,12 @@ class RetrainingSection(_Section):
     )
     fine_tune_rate: float = Field(0.3, gt=0, description="then, of the learning rates")
     workers: int = Field(1, ge=1, description="members of a committee that train at once")
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if self.steps is not None and (self.steps == [] or min(_listed(self.steps)) < 1):
+            raise ValueError(f"`steps` must be positive, got {self.steps}")
+        return self
 
 
 class ExploreSection(_Section):
@@ -95,14 +112,14 @@ class PickSection(_Section):
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
-        sizes = self.batch if isinstance(self.batch, list) else [self.batch]
+        sizes = _listed(self.batch)
         if not sizes or min(sizes) < 1 or self.check > min(sizes):
             raise ValueError(f"`batch` must be positive and at least `check`, got {self.batch} and {self.check}")
         return self
 
     def size(self, number: int) -> int:
         """Return the labels of round ``number``, from 1 on."""
-        return self.batch if isinstance(self.batch, int) else self.batch[min(number, len(self.batch)) - 1]
+        return _of_round(self.batch, number)
 
 
 class LabelSection(_Section):
@@ -163,6 +180,7 @@ class ActiveConfig(_Section):
         files: Mapping[str, Sequence[Path]],
         output: Path,
         n_train: int,
+        number: int = 1,
         member: int = 0,
         start: Path | None = None,
     ) -> TrainConfig:
@@ -172,6 +190,7 @@ class ActiveConfig(_Section):
             files: the labelled frames to ``train``, for ``validation`` and ``calibration``.
             output: folder of the training.
             n_train: how many there are to train on.
+            number: of the round.
             member: of a committee; each has a seed of its own.
             start: the model to fine-tune; a new network otherwise.
 
@@ -185,7 +204,7 @@ class ActiveConfig(_Section):
         values = {**self.training, "data": data, "output": str(output), "start": start}
         values["seed"] = int(self.training.get("seed", 0)) + member
         config, retraining = parse_config(values, source="`training`"), self.retraining
-        steps = retraining.steps
+        steps = None if retraining.steps is None else _of_round(retraining.steps, number)
         if start is not None:
             steps, rate = retraining.fine_tune_steps, retraining.fine_tune_rate
             rates = {name: rate * getattr(config.optimiser, name) for name in ("learning_rate", "adam_learning_rate")}

@@ -188,7 +188,7 @@ class ActiveLoop:
             left = []
             for member, folder in enumerate(folders):
                 before = self.state.round(number - 1) / folder.name / MODEL
-                settings = self.config.train_config(files, folder, n_train, member, before if fine else None)
+                settings = self.config.train_config(files, folder, n_train, number, member, before if fine else None)
                 if not (folder / "trained").exists():
                     left.append(settings)
             tqdm.write(f"round {number}: {'fine-tuning' if fine else 'training'} on {n_train} of {n_frames} labels")

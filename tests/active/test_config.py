@@ -47,6 +47,12 @@ def test_constant_steps() -> None:
     assert plain.train_config({"train": [config.state]}, config.state, 50).stage_one.epochs == 33
 
 
+def test_steps_by_round() -> None:
+    config = parse_active_config(values(retraining={"steps": [1000, 500]}, training={"batch_size": 4}))
+    epochs = [config.train_config({"train": [config.state]}, config.state, 40, n).stage_one.epochs for n in (1, 2, 3)]
+    assert epochs == [100, 50, 50]
+
+
 def test_fine_tuning_has_steps_and_rates_of_its_own() -> None:
     training = {"optimiser": {"learning_rate": 0.04, "adam_learning_rate": 0.01}, "batch_size": 4}
     config = parse_active_config(
@@ -80,9 +86,11 @@ def test_batches_by_round() -> None:
         ({"training": {"data": {"calibration_fraction": 0}}}, "`training.data.calibration_fraction` must not be 0"),
         (
             {"pick": {"strategy": "best"}},
-            "`pick.strategy`: Input should be 'uncertain', 'random' or 'committee', got 'best'",
+            "`pick.strategy`: Input should be 'uncertain', 'informative', 'random' or 'committee', got 'best'",
         ),
         ({"pick": {"batch": 3, "check": 4}}, "`batch` must be positive and at least `check`"),
+        ({"retraining": {"steps": [100, 0]}}, "`steps` must be positive, got [100, 0]"),
+        ({"retraining": {"steps": []}}, "`steps` must be positive, got []"),
         ({"label": {"timeout": 0}}, "`label.timeout`: Input should be greater than 0, got 0"),
     ],
 )
