@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from forcedrop.active.config import StopSection
 from forcedrop.active.state import frame_key
 from forcedrop.calibration import frame_criteria
-from forcedrop.evaluation import evaluate, predict_frames
+from forcedrop.evaluation import evaluate, predict_frames, with_uncertainties
 from forcedrop.structures import Frame
 from forcedrop.training import TrainedModel
 
@@ -18,16 +19,16 @@ FEWEST = 3
 """Fresh labels below which nothing is judged."""
 
 
-def judge(model: TrainedModel, fresh: Sequence[Frame]) -> dict[str, Any]:
-    """Compare fresh labels with the model that the frames were picked with.
+def judge(model: TrainedModel, fresh: Sequence[Frame]) -> tuple[dict[str, Any], list[Frame]]:
+    """Compare fresh labels with the model that the frames were picked with; also return the frames with what it predicted.
 
     Returns:
         ``frames``; ``force_rmse``, ``force_sigma`` (root mean square of σ) [eV/Å], ``z2`` of force components with its interval
         of 95 % ``z2_low``, ``z2_high``; ``energy_rmse`` [eV/atom] and ``energy_z2``; ``each``, by key: σ and error of the energy
-        [eV] and of the largest atomic force [eV/Å].
+        [eV] and of the largest atomic force [eV/Å]. The frames carry predictions and σ as those of ``forcedrop evaluate`` do.
     """
     if not fresh:
-        return {"frames": 0, "each": {}}
+        return {"frames": 0, "each": {}}, []
     predictions = predict_frames(model, fresh, what="judge")
     found = evaluate(model, fresh, predictions=predictions)
     each = {}
@@ -42,7 +43,9 @@ def judge(model: TrainedModel, fresh: Sequence[Frame]) -> dict[str, Any]:
         }
     reports = found.reports()
     forces, energy = reports["forces"], reports["energy"]
-    return {
+    noted = [with_uncertainties(frame, p) for frame, p in zip(fresh, predictions, strict=True)]
+    frames = [replace(frame, info={**frame.info, **each[frame_key(frame)]}) for frame in noted]
+    numbers = {
         "frames": len(fresh),
         "force_rmse": forces.rmse,
         "force_sigma": forces.sigma_rms,
@@ -53,6 +56,7 @@ def judge(model: TrainedModel, fresh: Sequence[Frame]) -> dict[str, Any]:
         "energy_z2": energy.z2,
         "each": each,
     }
+    return numbers, frames
 
 
 def verdict(judged: Mapping[str, Any], settings: StopSection) -> str:

@@ -355,7 +355,9 @@ class ActiveLoop:
     def _judge(self, number: int, model: TrainedModel) -> None:
         """Compare the fresh labels with the model that has not seen them."""
         if self.state.result(number, "judge") is None:
-            found = judge(model, self.fresh(number))
+            found, frames = judge(model, self.fresh(number))
+            if frames:
+                write_frames_atomically(self.state.round(number) / "judged.h5", frames)
             self.state.finish(number, "judge", {**found, "verdict": verdict(found, self.config.stop)})
 
     def _append(self, number: int) -> None:

@@ -14,6 +14,7 @@ The folder::
         runs/               one folder a trajectory
         picks.h5            the frames that were chosen
         labels/KEY.json     the label of each, or why there is none
+        judged.h5           the labelled ones with what the model of the round had predicted, σ of every atom included
         train.json explore.json pick.json label.json judge.json append.json
                             written at the end of each stage: a stage whose file is there is over
 """

@@ -16,7 +16,7 @@ from forcedrop.report.numbers import coverage_table, errors_table, read_rows, ro
 from forcedrop.report.page import Block, Drawing, Picture, Plain, Section, Settings, Text, results_page
 from forcedrop.report.tables import describe_frames, describe_model
 from forcedrop.report.viewer import Viewer, choose_frames, look_at
-from forcedrop.structures import Frame, FrameStore
+from forcedrop.structures import Frame, FrameStore, read_frames
 from forcedrop.training import load_model
 
 _MOST_ROWS = 20
@@ -192,7 +192,7 @@ class ActiveLearning(Kind):
             with FrameStore(folder / "labels.h5") as store:
                 frames: list[Frame] = store[:]
             if frames:
-                judged = [frame for frame in frames if "sigma_max_force" in frame.info]
+                judged = [f for path in sorted(folder.glob("rounds/*/judged.h5")) for f in read_frames(path)]
                 blocks = _chosen(judged or frames, most, (), "", folder)
                 if judged and len(judged) < len(frames):
                     blocks.append(

@@ -10,7 +10,7 @@ from tests.conftest import emt_frames
 
 def test_numbers_against_the_evaluation(trained) -> None:
     fresh = emt_frames(5, seed=21)
-    found = judge(trained, fresh)
+    found, frames = judge(trained, fresh)
     forces = evaluate(trained, fresh).reports()["forces"]
     assert found["force_rmse"] == forces.rmse
     assert (found["z2"], found["z2_low"], found["z2_high"]) == (forces.z2, *forces.intervals["z2"])
@@ -21,6 +21,12 @@ def test_numbers_against_the_evaluation(trained) -> None:
         assert own["error_max_force"] == pytest.approx(np.sqrt((wrong**2).sum(1)).max())
         assert own["sigma_max_force"] == pytest.approx(np.sqrt((p.sigma["forces"] ** 2).sum(1)).max())
         assert own["error_energy"] == pytest.approx(float(p.mean["energy"]) - frame.energy)
+    for frame, noted, p in zip(fresh, frames, predictions, strict=True):
+        np.testing.assert_array_equal(noted.forces, frame.forces)
+        np.testing.assert_allclose(noted.arrays["forcedrop_forces"], p.mean["forces"], atol=1e-12)
+        np.testing.assert_allclose(noted.arrays["forces_uncertainty"], p.sigma["forces"], atol=1e-12)
+        assert noted.info["sigma_max_force"] == found["each"][frame_key(frame)]["sigma_max_force"]
+    assert judge(trained, []) == ({"frames": 0, "each": {}}, [])
     whole = np.sqrt(np.mean([own["error_force_rms"] ** 2 for own in found["each"].values()]))
     assert whole == pytest.approx(found["force_rmse"])
 

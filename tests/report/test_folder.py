@@ -118,9 +118,13 @@ def test_training_and_comparison(trained_folder: Path, tmp_path: Path) -> None:
 
 def test_active_learning(tmp_path: Path) -> None:
     frames = emt_frames(6)
-    later = {"round": 1, "sigma_max_force": 0.5, "error_max_force": 0.7}
-    noted = [replace(f, info={"round": 0} if k < 2 else {**later, "time_fs": 5.0 * k}) for k, f in enumerate(frames)]
+    noted = [replace(f, info={"round": int(k > 1), "time_fs": 5.0 * k}) for k, f in enumerate(frames)]
     write_frames(tmp_path / "labels.h5", noted)
+    predicted = {"forcedrop_forces": 0.1 + noted[0].forces, "forces_uncertainty": np.full((4, 3), 0.2)}
+    judged = [replace(f, arrays={**predicted, "forcedrop_forces": 0.1 + f.forces}) for f in noted[2:]]
+    for number in (1, 2):
+        (tmp_path / "rounds" / f"00{number}").mkdir(parents=True)
+        write_frames(tmp_path / "rounds" / f"00{number}" / "judged.h5", judged[2 * number - 2 : 2 * number])
     with (tmp_path / "rounds.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerows([["round", "labels", "force_rmse_eV_A", "verdict"], [0, 2, "", ""], [1, 6, 0.0123, "go on"]])
@@ -128,7 +132,8 @@ def test_active_learning(tmp_path: Path) -> None:
     page = report_page(tmp_path)
     text = page.read_text(encoding="utf-8")
     data = data_of(page)
-    assert data["properties"]["largest force error"]["values"] == [0.7] * 4
+    np.testing.assert_allclose(data["properties"]["largest force error"]["values"], [0.1 * 3**0.5] * 4, rtol=1e-3)
+    np.testing.assert_allclose(data["properties"]["σ of force"]["values"], [0.2 * 3**0.5] * 16, rtol=1e-3)
     assert data["settings"]["map"]["y"]["property"] == "largest force error"
     assert "The 2 start frames" in text
     assert "force rmse [eV/Å]" in text
