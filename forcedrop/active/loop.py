@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from forcedrop.active.picking import (
     structure_features,
 )
 from forcedrop.active.processes import at_once
+from forcedrop.active.roles import role_files
 from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
 from forcedrop.structures import Frame, FrameStore, read_checked, read_frames
 from forcedrop.training import ConfigError, TrainConfig, TrainedModel, load_model, train
@@ -207,25 +208,10 @@ class ActiveLoop:
         return [load_model(folder / MODEL) for folder in folders]
 
     def _files(self, number: int) -> tuple[dict[str, list[Path]], int]:
-        """Write what is not there yet of the files to train on, validate and calibrate; return them and the number to train on.
-
-        What a label is for is drawn once: a network that is fine-tuned must not be calibrated by frames that trained it before.
-        """
-        frames = self.state.frames()
+        """Return the files to train on, to validate and calibrate in a round, and the number of labels to train on."""
         data = self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
         shares = {"validation": data.validation_fraction, "calibration": data.calibration_fraction}
-        rounds = [int(frame.info["round"]) for frame in frames]
-        roles = split_roles(
-            rounds, [len(frame) > 1 or bool(frame.pbc.any()) for frame in frames], shares, self.config.seed
-        )
-        files: dict[str, list[Path]] = {"train": [], "validation": [], "calibration": []}
-        for (before, role), path in (((n, r), self.state.round(n) / f"{r}.h5") for n in range(number) for r in files):
-            mine = [f for f, n, r in zip(frames, rounds, roles, strict=True) if (n, r) == (before, role)]
-            if mine:
-                files[role].append(path)
-                if not path.exists():
-                    write_frames_atomically(path, mine)
-        return files, roles.count("train")
+        return role_files(self.state, number, shares, self.config.seed)
 
     def limits(self, number: int, model: TrainedModel) -> Limits:
         """Return where frames are flagged and runs end in a round, by its model.
@@ -378,36 +364,6 @@ def train_one(config: TrainConfig) -> None:
     """Train a network, or go on with it; its folder says when it is over."""
     train(config, resume=(config.output / CHECKPOINT).exists())
     (config.output / "trained").touch()
-
-
-def split_roles(rounds: Sequence[int], held: Sequence[bool], shares: Mapping[str, float], seed: int) -> list[str]:
-    """Return what each label is for: ``train``, or one of ``shares``.
-
-    A label keeps what it was given when later rounds add more; the shares hold of all labels together, and each has at least one.
-
-    Args:
-        rounds: of every label, in the order of the store.
-        held: which labels may be held out (single atoms may not).
-        shares: to hold out.
-        seed: of the draw.
-
-    Raises:
-        ValueError: if nothing is left to train on.
-    """
-    roles, counts, seen = ["train"] * len(rounds), dict.fromkeys(shares, 0), 0
-    for number in sorted(set(rounds)):
-        mine = [k for k, n in enumerate(rounds) if n == number and held[k]]
-        order = np.random.default_rng([seed, number, 2]).permutation(mine).tolist()
-        seen += len(mine)
-        for name, share in shares.items():
-            count = max(0, max(1, round(share * seen)) - counts[name]) if share else 0
-            for k in order[:count]:
-                roles[k] = name
-            counts[name] += len(order[:count])
-            order = order[count:]
-    if "train" not in roles:
-        raise ValueError(f"{len(roles)} labels are too few to hold out shares of {dict(shares)} of them")
-    return roles
 
 
 def _origin(frame: Frame) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from forcedrop.active import ActiveLoop, resolve_threshold
 from forcedrop.active.config import parse_active_config
-from forcedrop.active.loop import split_roles
+from forcedrop.active.roles import split_roles
 from forcedrop.active.state import frame_key
 from forcedrop.cli import app
 from forcedrop.evaluation import predict_frames
