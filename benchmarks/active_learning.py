@@ -154,7 +154,7 @@ def settings(strategy: str, seed: int) -> dict[str, Any]:
             "quantile": 0.0, "stop_above": 4.0,
         },
         "pick": {"batch": BATCHES, "strategy": strategy},
-        "label": {"timeout": 120},
+        "label": {"timeout": 120, "largest_force": 30.0},
         "stop": {"labels": BUDGET},
         "seed": seed,
         "device": "cpu",

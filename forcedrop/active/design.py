@@ -28,6 +28,8 @@ from forcedrop.training import TrainedModel
 
 SAMPLES = 64
 """K of the sketch; all masks of a smaller bank."""
+MOST = 1000
+"""Candidates; of more a random part is looked at, since each costs all samples."""
 
 
 def information(model: TrainedModel, frames: Sequence[Frame], noise: float) -> np.ndarray:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from forcedrop.active.audit import round_rows, write_tables
 from forcedrop.active.config import ActiveConfig
-from forcedrop.active.design import information
+from forcedrop.active.design import MOST, information
 from forcedrop.active.exploring import Limits, Run, Seen, explore, explored, plan_runs, summary
 from forcedrop.active.flagging import resolve_threshold
 from forcedrop.active.judging import judge, stop_reason, verdict
@@ -264,6 +264,9 @@ class ActiveLoop:
         known, tried = self.known(number), self.state.tried()
         seen = explored(self.state.result(number, "explore"), self.state.round(number) / "runs", limits)
         candidates = [s for key, s in {frame_key(s.frame): s for s in seen}.items() if key not in tried]
+        if self.config.pick.strategy == "informative" and len(candidates) > MOST:
+            rng = np.random.default_rng([self.config.seed, number, 3])
+            candidates = [candidates[k] for k in sorted(rng.choice(len(candidates), MOST, replace=False))]
         picks, pool = self._choose(number, candidates, known, models, limits)
         frames = [
             replace(

@@ -327,3 +327,15 @@ def test_members_that_train_side_by_side_are_the_same(tmp_path) -> None:
         )
         for key, weight in a.items():
             torch.testing.assert_close(b[key], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_informative_picks_look_at_a_part_of_many_candidates(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("forcedrop.active.loop.MOST", 7)
+    made = loop(
+        tmp_path, pick={"strategy": "informative", "batch": 3, "check": 1, "min_distance": 0.001}, stop={"labels": 15}
+    )
+    made.run()
+    (row, _) = rows(made, "rounds.csv")
+    assert (row["candidates"], row["labelled"]) == ("7", "3")
+    reasons = [row["reason"] for row in rows(made, "audit.csv")]
+    assert reasons == ["start"] * 12 + ["check"] + ["informative"] * 2
