@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ from forcedrop.active.picking import (
 )
 from forcedrop.active.processes import at_once
 from forcedrop.active.roles import role_files
-from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
+from forcedrop.active.state import State, frame_key, read_json, write_atomically, write_frames_atomically, write_json
 from forcedrop.structures import Frame, FrameStore, read_checked, read_frames
 from forcedrop.training import ConfigError, TrainConfig, TrainedModel, load_model, train
 
@@ -83,6 +84,8 @@ class ActiveLoop:
         try:
             with FileLock(self.state.folder / "lock", timeout=0):
                 write_json(self.state.folder / "loop.json", self._same)
+                settings = self.config.model_dump(mode="json", exclude={"folder", "state"}, exclude_none=True)
+                write_atomically(self.state.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
                 self.state.clean()
                 return self._run()
         except Timeout:

@@ -4,6 +4,7 @@ The folder::
 
     lock                    held by the loop that runs
     loop.json               what the labels are: oracle and settings
+    config.yaml             all settings of the last start
     labels.h5               every labelled frame, with its origin in ``info``
     journal.jsonl           a line for every attempt at a label that was started
     audit.csv rounds.csv    tables, written anew from the rest after every stage

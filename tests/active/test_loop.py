@@ -70,6 +70,13 @@ def rows(loop: ActiveLoop, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def test_settings_are_kept(done) -> None:
+    kept = yaml.safe_load((done.state.folder / "config.yaml").read_text())
+    assert kept["stop"]["labels"] == 19
+    assert kept["training"]["model"]["n_channels"] == 4
+    assert "folder" not in kept
+
+
 def test_labels_are_right_and_all_different(done) -> None:
     frames = done.state.frames()
     assert len({frame_key(f) for f in frames}) == len(frames) == 19
