@@ -101,7 +101,8 @@ class ActiveLoop:
         ready, others = self._start_frames()
         count = len(ready) + len(others)
         runs = len(explore.temperatures) * explore.starts * explore.seeds
-        training = config.train_config({"train": [self.state.store]}, config.state, max(count, 10))
+        left = max(1, round(count * (1 - sum(self._shares().values()))))
+        training = config.train_config({"train": [self.state.store]}, config.state, left)
         return "\n".join(
             [
                 f"state: {config.state}, {len(self.state.frames())} labels so far",
@@ -212,9 +213,12 @@ class ActiveLoop:
 
     def _files(self, number: int) -> tuple[dict[str, list[Path]], int]:
         """Return the files to train on, to validate and calibrate in a round, and the number of labels to train on."""
+        return role_files(self.state, number, self._shares(), self.config.seed)
+
+    def _shares(self) -> dict[str, float]:
+        """Return the shares of the labels that do not train."""
         data = self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
-        shares = {"validation": data.validation_fraction, "calibration": data.calibration_fraction}
-        return role_files(self.state, number, shares, self.config.seed)
+        return {"validation": data.validation_fraction, "calibration": data.calibration_fraction}
 
     def limits(self, number: int, model: TrainedModel) -> Limits:
         """Return where frames are flagged and runs end in a round, by its model.
