@@ -108,6 +108,11 @@ class PickSection(_Section):
     )
     members: int = Field(3, ge=2, description="networks of a committee")
     min_distance: float = Field(0.1, ge=0, description="between picks, and to what is labelled; nearer are duplicates")
+    most_sigma: float | None = Field(
+        None,
+        gt=0,
+        description="[eV/Å]; of a run only frames before the first with a σ above are picked, whatever ends runs",
+    )
     check: int = Field(0, ge=0, description="of a batch, so many are drawn at random, to judge σ without a choice")
 
     @model_validator(mode="after")

@@ -250,6 +250,18 @@ def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[See
     return [seen for run in runs for seen in acceptable(folder, run, limits)]
 
 
+def before_high(seen: Sequence[Seen], most: float | None) -> list[Seen]:
+    """Return the frames of every run before the first with a σ above ``most`` [eV/Å]; all without it."""
+    over: set[str] = set()
+    kept = []
+    for one in seen:
+        if most is not None and one.sigma > most:
+            over.add(one.run.name)
+        if one.run.name not in over:
+            kept.append(one)
+    return kept
+
+
 def summary(runs: Sequence[dict[str, Any]], folder: Path, limits: Limits) -> dict[str, Any]:
     """Return the numbers of an exploration."""
     total = 0.0

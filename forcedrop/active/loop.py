@@ -21,7 +21,7 @@ from tqdm import tqdm
 from forcedrop.active.audit import round_rows, write_tables
 from forcedrop.active.config import ActiveConfig
 from forcedrop.active.design import MOST, information
-from forcedrop.active.exploring import Limits, Run, Seen, explore, explored, plan_runs, summary
+from forcedrop.active.exploring import Limits, Run, Seen, before_high, explore, explored, plan_runs, summary
 from forcedrop.active.flagging import resolve_threshold
 from forcedrop.active.judging import judge, stop_reason, verdict
 from forcedrop.active.labelling import DaskCluster, Executor, ProcessPool, Rules, bare, label_frames, labelled
@@ -270,6 +270,7 @@ class ActiveLoop:
             return
         known, tried = self.known(number), self.state.tried()
         seen = explored(self.state.result(number, "explore"), self.state.round(number) / "runs", limits)
+        seen = before_high(seen, self.config.pick.most_sigma)
         candidates = [s for key, s in {frame_key(s.frame): s for s in seen}.items() if key not in tried]
         if self.config.pick.strategy == "informative" and len(candidates) > MOST:
             rng = np.random.default_rng([self.config.seed, number, 3])

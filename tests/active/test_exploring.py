@@ -7,7 +7,9 @@ from forcedrop.active.config import ExploreSection
 from forcedrop.active.exploring import (
     Limits,
     Run,
+    Seen,
     acceptable,
+    before_high,
     explore,
     lone_atoms,
     nearest,
@@ -71,6 +73,15 @@ def test_an_atom_that_leaves_ends_the_frames_to_pick_from(tmp_path) -> None:
     assert lone_atoms(step(0, 7.0), 4.0) == 1
     assert lone_atoms(recorded(0), 2.0) == 4
     assert lone_atoms(Frame.from_atoms(bulk("Cu", a=3.6)), 4.0) == 0  # its own images are neighbours
+
+
+def test_nothing_after_a_high_sigma() -> None:
+    def seen(name: str, *values: float) -> list[Seen]:
+        return [Seen(recorded(k), Run(name, 300.0, 1, "k"), 2.0 * k, value) for k, value in enumerate(values)]
+
+    a, b = seen("a", 0.1, 0.5, 1.1, 0.2), seen("b", 0.3, 0.9)
+    assert before_high([*a, *b], 1.0) == [*a[:2], *b]
+    assert before_high([*a, *b], None) == [*a, *b]
 
 
 def test_plan() -> None:
