@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -154,6 +155,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare a model with labelled frames.
 
+    Forces of atoms whose σ is 0 though the error is not, those without a neighbour within the cutoff, are left out with a
+    warning.
+
     Args:
         model: what to judge.
         frames: structures with labels.
@@ -169,12 +173,18 @@ def evaluate(
         predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
     columns: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in PROPERTIES}
     numbers = [np.empty(0, int)]
+    if unknown := sum(int((~_known(f, p)).sum()) for f, p in zip(frames, predictions, strict=True)):
+        warnings.warn(
+            f"{unknown} atoms have a force that no function of the model can have (no neighbour within {model.cutoff:g} Å?): "
+            "they are left out",
+            stacklevel=2,
+        )
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
         for name in ("energy", "forces", "stress"):
             if getattr(frame, name) is not None:
                 columns[name].append(_row(frame, p, name, index))
         if frame.forces is not None:
-            numbers.append(np.repeat(frame.z, 3))
+            numbers.append(np.repeat(frame.z[_known(frame, p)], 3))
     columns["difference"] = _differences(frames, predictions)
     joined = {name: [np.concatenate(c) for c in zip(*rows, strict=True)] for name, rows in columns.items() if rows}
     if not joined:
@@ -199,9 +209,20 @@ def evaluate(
 def _row(frame: Frame, p: FramePrediction, name: str, index: int) -> tuple[np.ndarray, ...]:
     """Return reference, error, σ, error of the plain pass and frame of one property, flat; energies per atom."""
     per = len(frame) if name == "energy" else 1
-    reference = np.ravel(getattr(frame, name)) / per
-    mean, sigma, plain = (np.ravel(part[name]) / per for part in (p.mean, p.error_bars, p.plain))
+    chosen = _known(frame, p) if name == "forces" else ...
+    reference = np.ravel(np.asarray(getattr(frame, name))[chosen]) / per
+    mean, sigma, plain = (np.ravel(np.asarray(part[name])[chosen]) / per for part in (p.mean, p.error_bars, p.plain))
     return reference, mean - reference, sigma, plain - reference, np.full(reference.shape, index)
+
+
+def _known(frame: Frame, p: FramePrediction) -> np.ndarray:
+    """Return which atoms have a σ, or a force without an error, shape (N,)."""
+    if frame.forces is None:
+        return np.ones(len(frame), bool)
+    known: np.ndarray = (p.error_bars["forces"] > 0).any(1) | np.isclose(
+        p.mean["forces"], frame.forces, atol=1e-12
+    ).all(1)
+    return known
 
 
 def _differences(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> list[tuple[np.ndarray, ...]]:

@@ -1,6 +1,7 @@
 r"""Which labels would teach the network most? Choosing a batch by what it would leave of the spread over the whole pool.
 
-The K functions of a network are draws of what it may be, so the deviations :math:`A_i` of their forces on frame i, shape
+The K functions of a network are draws of what it may be (raw, not calibrated: a factor common to all changes few picks), so the
+deviations :math:`A_i` of their forces on frame i, shape
 (3N, K), in units of :math:`\sigma\sqrt{K-1}` with σ the error that labels leave (that on validation frames), are a sketch of
 its covariance: :math:`A_i A_j^T` is that of the forces of two frames. In the space of the K functions a label of frame i adds
 :math:`G_i = A_i^T A_i` to the precision P, which is the unit matrix at first, and the variance that is left over all n frames of
@@ -29,7 +30,7 @@ from forcedrop.training import TrainedModel
 SAMPLES = 64
 """K of the sketch; all masks of a smaller bank."""
 MOST = 1000
-"""Candidates; of more a random part is looked at, since each costs all samples."""
+"""Candidates; of more a random part is looked at, flagged ones first, since each costs all samples."""
 
 
 def information(model: TrainedModel, frames: Sequence[Frame], noise: float) -> np.ndarray:

@@ -198,14 +198,13 @@ def _model(path: Path, changed: int, device: str) -> TrainedModel:
 def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:
     """Yield the frames of a run up to the first that shows that it went astray, without the start.
 
-    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, more atoms than at the start that have no
-    neighbour within the cutoff. What comes after means nothing.
+    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, an atom without a neighbour within the
+    cutoff. What comes after means nothing.
     """
     with FrameStore(folder / run.name / "md.h5") as store:
         frames = store[:]
-    lone = lone_atoms(frames[0], limits.cutoff) if frames else 0
     for frame in frames:
-        if problem(frame, run, limits) is not None or lone_atoms(frame, limits.cutoff) > lone:
+        if problem(frame, run, limits) is not None or lone_atoms(frame, limits.cutoff):
             return
         if frame.info["step"] > 0:
             alone = Frame(z=frame.z, pos=frame.pos, cell=frame.cell, pbc=frame.pbc)

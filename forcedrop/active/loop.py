@@ -84,7 +84,8 @@ class ActiveLoop:
         try:
             with FileLock(self.state.folder / "lock", timeout=0):
                 write_json(self.state.folder / "loop.json", self._same)
-                settings = self.config.model_dump(mode="json", exclude={"folder", "state"}, exclude_none=True)
+                settings = self.config.model_dump(exclude={"folder", "state"}, exclude_none=True)
+                settings = json.loads(json.dumps(settings, default=str))
                 write_atomically(self.state.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
                 self.state.clean()
                 return self._run()
@@ -193,7 +194,8 @@ class ActiveLoop:
             left = []
             for member, folder in enumerate(folders):
                 before = self.state.round(number - 1) / folder.name / MODEL
-                settings = self.config.train_config(files, folder, n_train, number, member, before if fine else None)
+                start_from = before if fine and before.exists() else None  # a member that is new starts from nothing
+                settings = self.config.train_config(files, folder, n_train, number, member, start_from)
                 if not (folder / "trained").exists():
                     left.append(settings)
             tqdm.write(f"round {number}: {'fine-tuning' if fine else 'training'} on {n_train} of {n_frames} labels")
@@ -237,6 +239,12 @@ class ActiveLoop:
                 f"`explore.stop_above` must be above the threshold of flagging, got {stop:.3g} and {threshold:.3g} eV/Å: this "
                 "model is too unsure of its own calibration frames to explore with; start from more frames, or train for longer"
             )
+        most = self.config.pick.most_sigma
+        if most is not None and most <= threshold:
+            raise ValueError(
+                f"`pick.most_sigma` must be above the threshold of flagging, got {most:.3g} and {threshold:.3g} eV/Å: "
+                "nothing could be picked"
+            )
         before = [self.state.result(n, "explore")["threshold"] for n in range(1, number)]
         return Limits(min([threshold, *before]), stop, settings.hottest, settings.closest, model.cutoff)
 
@@ -272,9 +280,11 @@ class ActiveLoop:
         seen = explored(self.state.result(number, "explore"), self.state.round(number) / "runs", limits)
         seen = before_high(seen, self.config.pick.most_sigma)
         candidates = [s for key, s in {frame_key(s.frame): s for s in seen}.items() if key not in tried]
-        if self.config.pick.strategy == "informative" and len(candidates) > MOST:
-            rng = np.random.default_rng([self.config.seed, number, 3])
-            candidates = [candidates[k] for k in sorted(rng.choice(len(candidates), MOST, replace=False))]
+        n_candidates, n_flagged = len(candidates), sum(s.sigma > limits.threshold for s in candidates)
+        if self.config.pick.strategy == "informative" and n_candidates > MOST:
+            order = np.random.default_rng([self.config.seed, number, 3]).permutation(n_candidates)
+            flagged_first = sorted(order, key=lambda k: candidates[k].sigma <= limits.threshold)
+            candidates = [candidates[k] for k in sorted(flagged_first[:MOST])]
         picks, pool = self._choose(number, candidates, known, models, limits)
         frames = [
             replace(
@@ -288,7 +298,9 @@ class ActiveLoop:
             for p, s in ((p, candidates[p.index]) for p in picks)
         ]  # fmt: skip
         write_frames_atomically(self.state.round(number) / "picks.h5", frames)
-        values = {"candidates": len(candidates), "flagged": int(pool.flagged.sum()), "picked": len(frames)}
+        if len(models) > 1:  # flagged by a σ of their own
+            n_flagged = int(pool.flagged.sum())
+        values = {"candidates": n_candidates, "flagged": int(n_flagged), "picked": len(frames)}
         self.state.finish(number, "pick", values)
 
     def _choose(

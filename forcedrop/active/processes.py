@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -18,12 +18,20 @@ Job = TypeVar("Job")
 def at_once(do: Callable[[Job], None], jobs: Sequence[Job], workers: int) -> None:
     """Do all jobs, ``workers`` of them at a time, each in a process with one thread; one after another in this one for 1.
 
-    Each job sees to it that what it wrote counts when it is over; the first error of one is raised when the others are over.
+    Each job sees to it that what it wrote counts when it is over. After an error of one none is begun; it is raised when those
+    that run are over.
     """
     if workers > 1 and len(jobs) > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(jobs)), context, _leave_with, (os.getpid(),)) as pool:
-            list(pool.map(do, jobs))
+            left = list(jobs)
+            running: set[Future[None]] = set()
+            while left or running:  # none is handed over before its turn: what waits in the pool cannot be called back
+                while left and len(running) < workers:
+                    running.add(pool.submit(do, left.pop(0)))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
     else:
         for job in jobs:
             do(job)

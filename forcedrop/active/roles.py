@@ -1,16 +1,20 @@
-"""What a label is for: to train on, to stop on, or to calibrate on; drawn once, and kept when later rounds add more.
+"""What a label is for: to train on, to stop on, or to calibrate on; drawn once, and kept whatever comes later.
 
 A network that is fine-tuned must not be calibrated by frames that trained it in a round before.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from forcedrop.active.state import State, write_frames_atomically
+from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
+from forcedrop.structures import Frame
+
+TRAIN = "train"
 
 
 def role_files(state: State, number: int, shares: Mapping[str, float], seed: int) -> tuple[dict[str, list[Path]], int]:
@@ -19,7 +23,7 @@ def role_files(state: State, number: int, shares: Mapping[str, float], seed: int
     Args:
         state: of the loop.
         number: the round that is to be trained; its files are those of the rounds before.
-        shares: to hold out, by role.
+        shares: to hold out, by role; of rounds whose labels have their roles already, changed shares change nothing.
         seed: of the draw.
 
     Returns:
@@ -28,46 +32,61 @@ def role_files(state: State, number: int, shares: Mapping[str, float], seed: int
     Raises:
         ValueError: if nothing is left to train on.
     """
-    frames = state.frames()
-    rounds = [int(frame.info["round"]) for frame in frames]
-    roles = split_roles(rounds, [len(frame) > 1 or bool(frame.pbc.any()) for frame in frames], shares, seed)
-    files: dict[str, list[Path]] = {"train": [], **{name: [] for name in shares}}
+    files: dict[str, list[Path]] = {TRAIN: [], **{name: [] for name in shares}}
+    frames, known = state.frames(), dict[str, list[Frame]]()
     for before in range(number):
-        for role, paths in files.items():
-            mine = [f for f, n, r in zip(frames, rounds, roles, strict=True) if (n, r) == (before, role)]
-            path = state.round(before) / f"{role}.h5"
+        own = [frame for frame in frames if int(frame.info["round"]) == before]
+        path = state.round(before) / "roles.json"
+        roles: dict[str, str] | None = read_json(path)
+        if roles is None:
+            drawn = draw_roles(own, known, shares, np.random.default_rng([seed, before, 2]))
+            roles = {frame_key(frame): role for frame, role in zip(own, drawn, strict=True)}
+            write_json(path, roles)
+        for role in files:
+            mine = [frame for frame in own if roles[frame_key(frame)] == role]
             if mine:
-                paths.append(path)
-                if not path.exists():
-                    write_frames_atomically(path, mine)
-    return files, roles.count("train")
+                known.setdefault(role, []).extend(mine)
+                files[role].append(state.round(before) / f"{role}.h5")
+                if not files[role][-1].exists():
+                    write_frames_atomically(files[role][-1], mine)
+    if not any(bound(frame) for frame in known.get(TRAIN, [])):
+        raise ValueError(f"{len(frames)} labels are too few to hold out shares of {dict(shares)} of them")
+    return files, len(known[TRAIN])
 
 
-def split_roles(rounds: Sequence[int], held: Sequence[bool], shares: Mapping[str, float], seed: int) -> list[str]:
-    """Return what each label is for: ``train``, or one of ``shares``.
+def draw_roles(
+    frames: Sequence[Frame], known: Mapping[str, Sequence[Frame]], shares: Mapping[str, float], rng: np.random.Generator
+) -> list[str]:
+    """Return what each new label is for: ``train``, or one of ``shares``.
 
-    A label keeps what it was given when later rounds add more; the shares hold of all labels together, and each has at least one.
+    The shares hold of all labels together, at least one each. Single atoms, and frames with an element that no other frame
+    trains, are not held out.
 
     Args:
-        rounds: of every label, in the order of the store.
-        held: which labels may be held out (single atoms may not).
+        frames: the new ones.
+        known: those of before, by role.
         shares: to hold out.
-        seed: of the draw.
-
-    Raises:
-        ValueError: if nothing is left to train on.
+        rng: of the draw.
     """
-    roles, counts, seen = ["train"] * len(rounds), dict.fromkeys(shares, 0), 0
-    for number in sorted(set(rounds)):
-        mine = [k for k, n in enumerate(rounds) if n == number and held[k]]
-        order = np.random.default_rng([seed, number, 2]).permutation(mine).tolist()
-        seen += len(mine)
-        for name, share in shares.items():
-            count = max(0, max(1, round(share * seen)) - counts[name]) if share else 0
-            for k in order[:count]:
+    roles = [TRAIN] * len(frames)
+    seen = sum(bound(frame) for part in (frames, *known.values()) for frame in part)
+    order = rng.permutation([k for k, frame in enumerate(frames) if bound(frame)]).tolist()
+    elements = [set(frame.z.tolist()) for frame in frames]
+    trained = Counter(z for frame in known.get(TRAIN, []) for z in set(frame.z.tolist()))
+    trained.update(z for k in order for z in elements[k])
+    for name, share in shares.items():
+        left = max(1, round(share * seen)) - len(known.get(name, [])) if share else 0
+        for k in list(order):
+            if left <= 0:
+                break
+            if all(trained[z] > 1 for z in elements[k]):
+                trained.subtract(elements[k])
                 roles[k] = name
-            counts[name] += len(order[:count])
-            order = order[count:]
-    if "train" not in roles:
-        raise ValueError(f"{len(roles)} labels are too few to hold out shares of {dict(shares)} of them")
+                order.remove(k)
+                left -= 1
     return roles
+
+
+def bound(frame: Frame) -> bool:
+    """Return whether a frame is more than a single atom in empty space."""
+    return len(frame) > 1 or bool(frame.pbc.any())

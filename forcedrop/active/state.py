@@ -9,8 +9,8 @@ The folder::
     journal.jsonl           a line for every attempt at a label that was started
     audit.csv rounds.csv    tables, written anew from the rest after every stage
     rounds/001/             round 1; round 0 labels the start frames
-        train.h5 validation.h5 calibration.h5
-                            the labels of the round by what they are for, from then on
+        roles.json train.h5 validation.h5 calibration.h5
+                            what each label of the round is for, from then on
         model/  model-1/    the training; further members of a committee
         runs/               one folder a trajectory
         picks.h5            the frames that were chosen

@@ -194,10 +194,9 @@ class ActiveLearning(Kind):
             if frames:
                 judged = [f for path in sorted(folder.glob("rounds/*/judged.h5")) for f in read_frames(path)]
                 blocks = _chosen(judged or frames, most, (), "", folder)
-                if judged and len(judged) < len(frames):
-                    blocks.append(
-                        Text(f"The {len(frames) - len(judged)} start frames, which no model had judged, are left out.")
-                    )
+                starts = sum(frame.info.get("round") == 0 for frame in frames)
+                if judged and starts:
+                    blocks.append(Text(f"The {starts} start frames, which no model had judged, are left out."))
                 found.append(Section("Labelled structures", [*blocks, Plain(describe_frames(frames))]))
         settings = _json(folder / "loop.json")
         if (folder / "config.yaml").is_file():

@@ -183,15 +183,15 @@ def _force_errors(graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction
         if bool(graph.has_forces):
             bound = _bound(graph)
             error = p.mean["forces"] - graph.forces.double().cpu().numpy()
-            columns = (error, p.std["forces"], graph.z.cpu().numpy(), np.full(len(error), index))
-            rows.append(tuple(column[bound] for column in columns))
-    return ForceErrors(*(np.concatenate(column) for column in zip(*rows, strict=True))) if rows else None
+            found_of = (error, p.std["forces"], graph.z.cpu().numpy(), np.full(len(error), index))
+            rows.append(tuple(column[bound] for column in found_of))
+    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    return ForceErrors(*columns) if columns and len(columns[0]) else None
 
 
 def _bound(graph: AtomicGraph) -> np.ndarray:
-    """Return which atoms have a neighbour within the cutoff, shape (N,); of a single atom, or a crystal's, all count as bound."""
-    degree = np.bincount(graph.edge_index[0].cpu().numpy(), minlength=graph.num_nodes)
-    bound: np.ndarray = (degree > 0) | (graph.num_nodes == 1)
+    """Return which atoms have a neighbour within the cutoff, or an image of their own, shape (N,)."""
+    bound: np.ndarray = np.bincount(graph.edge_index[0].cpu().numpy(), minlength=graph.num_nodes) > 0
     return bound
 
 
@@ -206,4 +206,4 @@ def _entries(
             chosen = _bound(graph) if name == "forces" else ...
             errors.append(np.ravel(np.asarray(p.mean[name] - label)[chosen]))
             spreads.append(np.ravel(np.asarray(own[name])[chosen]))
-    return (np.concatenate(errors), np.concatenate(spreads)) if errors else None
+    return (np.concatenate(errors), np.concatenate(spreads)) if any(part.size for part in errors) else None

@@ -8,7 +8,8 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,10 @@ def _prepare(config: TrainConfig, resume: bool, world: World) -> tuple[Trainer, 
     if state is None and (out / CHECKPOINT).exists():
         raise ConfigError(f"{out} holds a training already; go on with it (--resume) or choose another `output`")
     data = prepare_data(config)
+    if state is not None:  # its weights are all there, whatever became of the model that it started from
+        config, data = config.model_copy(update={"start": None}), replace(data, elements=tuple(state["elements"]))
+    elif config.start is not None:
+        _warn_of_start(config)
     if state is not None and state["data_hash"] != content_hash(data.split.train):
         raise ConfigError(f"the training data changed since {out / CHECKPOINT} was written")
     if world.first:
@@ -114,7 +119,8 @@ def build_potential(
         **config.model.model_dump(),
     )
     if config.start is not None:
-        return _start_weights(config.start, shape, device, dtype)
+        given = data.isolated if config.data.isolated_atoms is not None else {}
+        return _start_weights(config.start, shape, given, device, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         potential = Potential(shape, data.isolated, data.energy_scale).to(dtype)
@@ -133,13 +139,16 @@ def build_potential(
     return potential.to(device)
 
 
-def _start_weights(path: Path, shape: PotentialConfig, device: torch.device, dtype: torch.dtype) -> Potential:
+def _start_weights(
+    path: Path, shape: PotentialConfig, isolated: Mapping[int, float], device: torch.device, dtype: torch.dtype
+) -> Potential:
     """Return the network of a model as its training left it, without what was found afterwards (posterior, regression).
 
     Norms, unit and energies of isolated atoms are the model's: its weights mean nothing without them.
 
     Raises:
-        ConfigError: if it has another shape than is asked for, or does not know an element.
+        ConfigError: if it has another shape than is asked for, does not know an element, or counts energies from others than
+            ``isolated``.
     """
     potential = load_model(path, device).potential.to(dtype)
     own = replace(potential.config, elements=shape.elements)
@@ -149,8 +158,25 @@ def _start_weights(path: Path, shape: PotentialConfig, device: torch.device, dty
     if missing := sorted(set(shape.elements) - set(potential.config.elements)):
         symbols = ", ".join(chemical_symbols[z] for z in missing)
         raise ConfigError(f"`start`: {path} does not know {symbols}, which the training data hold")
+    own_zero = dict(zip(potential.config.elements, potential.isolated.tolist(), strict=True))
+    for z, energy in isolated.items():
+        if z in own_zero and abs(own_zero[z] - energy) > 1e-3:
+            raise ConfigError(
+                f"`start`: {path} counts from {own_zero[z]:.6g} eV for an isolated {chemical_symbols[z]}, "
+                f"`data.isolated_atoms` says {energy:.6g}: its energies cannot be continued with these"
+            )
     potential.posterior = potential.refit = None
     return potential
+
+
+def _warn_of_start(config: TrainConfig) -> None:
+    """Warn where the frames to calibrate on may have trained the network that is fine-tuned."""
+    if config.gives_error_bars and config.data.calibration_fraction and not config.data.calibration:
+        warnings.warn(
+            f"`start`: if {config.start} was trained on some of the same frames, those held out now to calibrate on are not new "
+            "to it and σ will be too small; give `data.calibration`",
+            stacklevel=4,
+        )
 
 
 def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
@@ -161,7 +187,12 @@ def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: b
     def save() -> None:
         trainer.progress.seconds = before + time.monotonic() - start
         if first:
-            state = {"settings": _settings(config), "data_hash": data_hash, "trainer": trainer.state_dict()}
+            state = {
+                "settings": _settings(config),
+                "data_hash": data_hash,
+                "elements": list(trainer.potential.config.elements),
+                "trainer": trainer.state_dict(),
+            }
             save_atomically(state, out / CHECKPOINT)
 
     total = trainer.total_epochs * trainer.steps_per_epoch
@@ -218,7 +249,10 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
                 "hash": content_hash(data.split.train),
                 **ranges(data.split.train, trainer.graphs, data.elements),
             },
-            "isolated_energies": {"origin": data.isolated_origin},
+            "isolated_energies": {
+                "origin": data.isolated_origin if config.start is None else "the model it started from"
+            },
+            "fine_tuned": config.start is not None,
             "training_seconds": trainer.progress.seconds,
             "last_epoch": dict(trainer.progress.history[-1]),
         },

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+from ase import Atoms
 
 from forcedrop.active.config import StopSection
 from forcedrop.active.judging import judge, stop_reason, verdict
 from forcedrop.active.state import frame_key
 from forcedrop.evaluation import evaluate, predict_frames
+from forcedrop.structures import Frame
 from tests.conftest import emt_frames
 
 
@@ -58,3 +60,24 @@ def test_stopping() -> None:
     assert "no label of the last two rounds" in str(stop_reason([lost, lost], 30, stop))
     assert "3 rounds" in str(stop_reason([bad] * 3, 30, stop))
     assert stop_reason([good], 30, StopSection(labels=100)) is None  # no wanted error: the budget alone
+
+
+def test_an_atom_that_is_alone_does_not_spoil_the_rest(trained) -> None:
+    """Its force is 0, and so is σ: there is nothing to compare, but neither the loop nor an evaluation may end there."""
+    fresh = []
+    for frame in emt_frames(4, seed=5):
+        atoms = frame.to_atoms()
+        atoms.pbc = False
+        fresh.append(Frame.from_atoms(atoms, energy=frame.energy, forces=frame.forces))
+    alone = [
+        Frame.from_atoms(
+            f.to_atoms() + Atoms("Cu", [[0, 0, 40.0]]), energy=f.energy, forces=np.vstack([f.forces, [[0.0, 0.1, 0.2]]])
+        )
+        for f in fresh
+    ]
+    expected, _ = judge(trained, fresh)
+    with pytest.warns(UserWarning, match="4 atoms have a force that no function of the model can have"):
+        found, _ = judge(trained, alone)
+    assert found["force_rmse"] == pytest.approx(expected["force_rmse"], rel=1e-9)
+    assert found["z2"] == pytest.approx(expected["z2"], rel=1e-9)
+    assert evaluate(trained, fresh).by_element().keys() == {"Cu"}

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from forcedrop.active import ActiveLoop, resolve_threshold
 from forcedrop.active.config import parse_active_config
-from forcedrop.active.roles import split_roles
 from forcedrop.active.state import frame_key
 from forcedrop.cli import app
 from forcedrop.evaluation import predict_frames
@@ -270,23 +269,6 @@ def test_command_line(done, tmp_path) -> None:
     found = runner.invoke(app, ["active", str(tmp_path / "bad.yaml")])
     assert found.exit_code == 1
     assert "unknown key `explor`; did you mean `explore`?" in found.output
-
-
-def test_what_a_label_is_for_stays() -> None:
-    shares = {"validation": 0.1, "calibration": 0.2}
-    rounds = [0] * 30 + [1] * 5 + [2] * 25
-    whole = split_roles(rounds, [True] * 60, shares, seed=3)
-    assert [whole.count(name) for name in ("validation", "calibration", "train")] == [6, 12, 42]
-    for n in (30, 35):
-        part = split_roles(rounds[:n], [True] * n, shares, seed=3)
-        assert part == whole[:n]
-        assert part.count("calibration") == round(0.2 * n)
-    assert split_roles(rounds, [True] * 60, shares, seed=4) != whole
-    single = split_roles([0, 0, 0, 1], [False, True, True, True], {"validation": 0.4, "calibration": 0.0}, seed=0)
-    assert single[0] == "train"
-    assert sorted(single[1:]) == ["train", "train", "validation"]
-    with pytest.raises(ValueError, match="2 labels are too few to hold out"):
-        split_roles([0, 0], [True, True], shares, seed=0)
 
 
 def test_no_frame_that_ever_trained_calibrates(done) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,8 +241,10 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(folder: Path, trained_fo
     start = trained_folder / "run" / "model.pt"
     before = load_model(start).potential
     rate = {"learning_rate": 1e-9, "adam_learning_rate": 1e-9, "weight_decay": 0.0}
-    values = settings(folder, start=start, optimiser=rate, stage_one={"epochs": 2}, stage_two={"epochs": 0})
-    train(parse_config(values))
+    write_frames(folder / "held.h5", emt_frames(8, seed=8))
+    data = {"calibration": [folder / "held.h5"]}
+    values = settings(folder, start=start, data=data, optimiser=rate, stage_one={"epochs": 2}, stage_two={"epochs": 0})
+    assert train(parse_config(values)).provenance["fine_tuned"] is True
     after = load_model(folder / "run" / "model.pt").potential
     for name, weight in before.named_parameters():
         torch.testing.assert_close(after.get_parameter(name), weight, rtol=0, atol=1e-6)
@@ -249,13 +252,44 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(folder: Path, trained_fo
     # and it learns from there: the first epoch is better than the last one of a training from nothing that is as long
     errors = {}
     for name, changes in (("tuned", {"start": start}), ("new", {})):
-        values = settings(folder, stage_one={"epochs": 2}, stage_two={"epochs": 0}, output=folder / name, **changes)
+        values = settings(
+            folder, data=data, stage_one={"epochs": 2}, stage_two={"epochs": 0}, output=folder / name, **changes
+        )
         errors[name] = train(parse_config(values)).provenance["last_epoch"]["val_forces_meV_A"]
     assert errors["tuned"] < 0.7 * errors["new"]
 
 
-def test_fine_tuning_refuses_other_networks(folder: Path, trained_folder: Path) -> None:
+def test_fine_tuning_goes_on_after_a_kill_without_its_start(folder: Path, trained_folder: Path, monkeypatch) -> None:
+    shutil.copy(trained_folder / "run" / "model.pt", folder / "start.pt")
+    write_frames(folder / "held.h5", emt_frames(8, seed=8))
+    values = settings(folder, start=folder / "start.pt", data={"calibration": [folder / "held.h5"]})
+    train(parse_config(values))
+    expected = weights(folder)
+    shutil.rmtree(folder / "run")
+    with monkeypatch.context() as patch:
+        _StopAt(patch, 9, signal.SIGTERM)
+        with pytest.raises(TrainingInterrupted):
+            train(parse_config(values))
+    (folder / "start.pt").unlink()
+    train(parse_config(values), resume=True)
+    for name, weight in weights(folder).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+
+
+def test_fine_tuning_warns_of_frames_that_may_have_trained(folder: Path, trained_folder: Path) -> None:
+    values = settings(
+        folder, start=trained_folder / "run" / "model.pt", stage_one={"epochs": 1}, stage_two={"epochs": 0}
+    )
+    with pytest.warns(UserWarning, match=r"σ will be too small; give `data.calibration`"):
+        train(parse_config(values))
+
+
+def test_fine_tuning_refuses_other_networks(folder: Path, trained_folder: Path, monkeypatch) -> None:
     start = trained_folder / "run" / "model.pt"
+    monkeypatch.setattr("forcedrop.training.run._warn_of_start", lambda config: None)
+    zero = {"isolated_atoms": {"Cu": 1.0}}
+    with pytest.raises(ConfigError, match=r"counts from 0 eV for an isolated Cu, `data.isolated_atoms` says 1"):
+        train(parse_config(settings(folder, start=start, data=zero)))
     with pytest.raises(ConfigError, match=r"`start`: .*model.pt has other settings; these differ: n_channels"):
         train(parse_config(settings(folder, start=start, model={"n_channels": 7})))
     other = Frame.from_atoms(Atoms("Ag", cell=[4, 4, 4], pbc=True), energy=0.0, forces=np.zeros((1, 3)))
