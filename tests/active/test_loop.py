@@ -13,6 +13,7 @@ from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
 from forcedrop.active import ActiveLoop, resolve_threshold
+from forcedrop.active import loop as module
 from forcedrop.active.config import parse_active_config
 from forcedrop.active.state import frame_key
 from forcedrop.cli import app
@@ -319,12 +320,17 @@ def test_members_that_train_side_by_side_are_the_same(tmp_path) -> None:
 
 
 def test_informative_picks_look_at_a_part_of_many_candidates(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("forcedrop.active.loop.MOST", 7)
+    looked_at, look = [], module.information
+    monkeypatch.setattr(module, "MOST", 7)
+    monkeypatch.setattr(
+        module, "information", lambda model, frames, *rest: looked_at.append(len(frames)) or look(model, frames, *rest)
+    )
     made = loop(
         tmp_path, pick={"strategy": "informative", "batch": 3, "check": 1, "min_distance": 0.001}, stop={"labels": 15}
     )
     made.run()
     (row, _) = rows(made, "rounds.csv")
-    assert (row["candidates"], row["labelled"]) == ("7", "3")
+    assert looked_at == [7]
+    assert (row["candidates"], row["labelled"]) == ("12", "3")
     reasons = [row["reason"] for row in rows(made, "audit.csv")]
     assert reasons == ["start"] * 12 + ["check"] + ["informative"] * 2
