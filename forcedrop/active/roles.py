@@ -13,6 +13,7 @@ import numpy as np
 
 from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
 from forcedrop.structures import Frame
+from forcedrop.training.data import is_isolated_atom
 
 TRAIN = "train"
 
@@ -49,7 +50,7 @@ def role_files(state: State, number: int, shares: Mapping[str, float], seed: int
                 files[role].append(state.round(before) / f"{role}.h5")
                 if not files[role][-1].exists():
                     write_frames_atomically(files[role][-1], mine)
-    if not any(bound(frame) for frame in known.get(TRAIN, [])):
+    if all(is_isolated_atom(frame) for frame in known.get(TRAIN, [])):
         raise ValueError(f"{len(frames)} labels are too few to hold out shares of {dict(shares)} of them")
     return files, len(known[TRAIN])
 
@@ -69,8 +70,8 @@ def draw_roles(
         rng: of the draw.
     """
     roles = [TRAIN] * len(frames)
-    seen = sum(bound(frame) for part in (frames, *known.values()) for frame in part)
-    order = rng.permutation([k for k, frame in enumerate(frames) if bound(frame)]).tolist()
+    seen = sum(not is_isolated_atom(frame) for part in (frames, *known.values()) for frame in part)
+    order = rng.permutation([k for k, frame in enumerate(frames) if not is_isolated_atom(frame)]).tolist()
     elements = [set(frame.z.tolist()) for frame in frames]
     trained = Counter(z for frame in known.get(TRAIN, []) for z in set(frame.z.tolist()))
     trained.update(z for k in order for z in elements[k])
@@ -85,8 +86,3 @@ def draw_roles(
                 order.remove(k)
                 left -= 1
     return roles
-
-
-def bound(frame: Frame) -> bool:
-    """Return whether a frame is more than a single atom in empty space."""
-    return len(frame) > 1 or bool(frame.pbc.any())

@@ -45,10 +45,10 @@ def prepare_data(config: TrainConfig) -> Prepared:
         ValueError: if a frame is bad (and not skipped), or too few frames remain to split.
     """
     frames, problems = read_labelled(config.data.train, config.data)
-    singles = [f for f in frames if len(f) == 1 and not f.pbc.any()]
+    singles = [f for f in frames if is_isolated_atom(f)]
     elements = tuple(sorted({int(z) for f in frames for z in f.z}))
     isolated, origin = isolated_energies(frames, given=config.data.isolated_atoms)
-    frames = [f for f in frames if not (len(f) == 1 and not f.pbc.any())] or singles
+    frames = [f for f in frames if not is_isolated_atom(f)] or singles
     generator = torch.Generator().manual_seed(config.seed)
     data, left = config.data, 1.0
     if data.validation:
@@ -65,6 +65,11 @@ def prepare_data(config: TrainConfig) -> Prepared:
         frames, calibration = _hold_out(frames, share / left, generator)
     split = Split(frames, validation, calibration)
     return Prepared(split, elements, isolated, origin, energy_scale(frames), problems)
+
+
+def is_isolated_atom(frame: Frame) -> bool:
+    """Return whether a frame is a single atom in empty space: it says where energies are counted from, and trains nothing."""
+    return len(frame) == 1 and not frame.pbc.any()
 
 
 def read_labelled(

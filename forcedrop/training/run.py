@@ -81,7 +81,10 @@ def _prepare(config: TrainConfig, resume: bool, world: World) -> tuple[Trainer, 
         raise ConfigError(f"{out} holds a training already; go on with it (--resume) or choose another `output`")
     data = prepare_data(config)
     if state is not None:  # its weights are all there, whatever became of the model that it started from
-        config, data = config.model_copy(update={"start": None}), replace(data, elements=tuple(state["elements"]))
+        config, data = (
+            config.model_copy(update={"start": None}),
+            replace(data, elements=tuple(state.get("elements", data.elements))),
+        )
     elif config.start is not None:
         _warn_of_start(config)
     if state is not None and state["data_hash"] != content_hash(data.split.train):
