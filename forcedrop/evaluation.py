@@ -13,7 +13,7 @@ from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from forcedrop.calibration import Calibration, deviations, difference_sigma
-from forcedrop.graph import NeighbourFinder, build_graph
+from forcedrop.graph import SIGHT, NeighbourFinder, build_graph, out_of_sight
 from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informative, rmse, uncertainty_report
 from forcedrop.sampling import FramePrediction, predict_graphs
 from forcedrop.structures import Frame, check_frames
@@ -155,8 +155,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare a model with labelled frames.
 
-    Forces of atoms whose σ is 0 though the error is not, those without a neighbour within the cutoff, are left out with a
-    warning.
+    Forces of atoms out of sight of all others are left out with a warning: near the cutoff a network's forces and spreads fade
+    to 0, whatever was learned.
 
     Args:
         model: what to judge.
@@ -173,18 +173,19 @@ def evaluate(
         predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
     columns: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in PROPERTIES}
     numbers = [np.empty(0, int)]
-    if unknown := sum(int((~_known(f, p)).sum()) for f, p in zip(frames, predictions, strict=True)):
+    bound = [~out_of_sight(f.pos, f.cell, f.pbc, model.cutoff) for f in frames]
+    if alone := sum(int((~own).sum()) for own, frame in zip(bound, frames, strict=True) if frame.forces is not None):
         warnings.warn(
-            f"{unknown} atoms have a force that no function of the model can have (no neighbour within {model.cutoff:g} Å?): "
-            "they are left out",
+            f"{alone} atoms have no neighbour within {SIGHT * model.cutoff:g} Å: the network can know nothing of their forces, "
+            "which are left out",
             stacklevel=2,
         )
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
         for name in ("energy", "forces", "stress"):
             if getattr(frame, name) is not None:
-                columns[name].append(_row(frame, p, name, index))
+                columns[name].append(_row(frame, p, name, index, bound[index] if name == "forces" else ...))
         if frame.forces is not None:
-            numbers.append(np.repeat(frame.z[_known(frame, p)], 3))
+            numbers.append(np.repeat(frame.z[bound[index]], 3))
     columns["difference"] = _differences(frames, predictions)
     joined = {name: [np.concatenate(c) for c in zip(*rows, strict=True)] for name, rows in columns.items() if rows}
     if not joined:
@@ -206,23 +207,12 @@ def evaluate(
     return found if model.calibration is None else replace(found, coverage=_coverage(found, model.calibration))
 
 
-def _row(frame: Frame, p: FramePrediction, name: str, index: int) -> tuple[np.ndarray, ...]:
+def _row(frame: Frame, p: FramePrediction, name: str, index: int, chosen: Any) -> tuple[np.ndarray, ...]:
     """Return reference, error, σ, error of the plain pass and frame of one property, flat; energies per atom."""
     per = len(frame) if name == "energy" else 1
-    chosen = _known(frame, p) if name == "forces" else ...
     reference = np.ravel(np.asarray(getattr(frame, name))[chosen]) / per
     mean, sigma, plain = (np.ravel(np.asarray(part[name])[chosen]) / per for part in (p.mean, p.error_bars, p.plain))
     return reference, mean - reference, sigma, plain - reference, np.full(reference.shape, index)
-
-
-def _known(frame: Frame, p: FramePrediction) -> np.ndarray:
-    """Return which atoms have a σ, or a force without an error, shape (N,)."""
-    if frame.forces is None:
-        return np.ones(len(frame), bool)
-    known: np.ndarray = (p.error_bars["forces"] > 0).any(1) | np.isclose(
-        p.mean["forces"], frame.forces, atol=1e-12
-    ).all(1)
-    return known
 
 
 def _differences(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> list[tuple[np.ndarray, ...]]:

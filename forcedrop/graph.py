@@ -79,6 +79,21 @@ class NeighbourFinder:
         return np.stack([first[order], second[order]]), shifts[order], reverse
 
 
+SIGHT = 0.8
+"""Of the cutoff: what a network makes of a neighbour fades to nothing towards it. Where all are beyond, force and spread are down
+to a few per cent of what they were, whatever was learned."""
+
+
+def out_of_sight(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
+    """Return which atoms have no neighbour, and no image of their own, within :data:`SIGHT` of the cutoff [Å], shape (N,).
+
+    A network knows next to nothing of them, and neither does its σ, which is near 0 there.
+    """
+    edges, _, _ = NeighbourFinder(SIGHT * cutoff)(np.asarray(pos, float), np.asarray(cell, float), pbc)
+    alone: np.ndarray = np.bincount(edges[0], minlength=len(pos)) == 0
+    return alone
+
+
 def build_graph(frame: Frame, finder: NeighbourFinder, dtype: torch.dtype = torch.float32) -> AtomicGraph:
     """Return the graph of one frame; labels and geometry in ``dtype``, energies in float64.
 

@@ -6,7 +6,7 @@ from ase.build import bulk
 from ase.neighborlist import neighbor_list
 from torch_geometric.data import Batch
 
-from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
+from forcedrop.graph import SIGHT, NeighbourFinder, batch_graphs, build_graph, out_of_sight, pair_vectors
 from forcedrop.structures import Frame
 from tests.conftest import STRUCTURES, graph_of
 from tests.shapes import check_batch, check_graph
@@ -79,6 +79,13 @@ def test_labels_and_their_absence() -> None:
     graph = graph_of(STRUCTURES["ethanol"](), 4.0, energy=-1.5)
     assert graph.energy.item() == -1.5
     assert [bool(graph[f"has_{n}"]) for n in ("energy", "forces", "stress")] == [True, False, False]
+
+
+@pytest.mark.parametrize("cutoff", [1.2, 2.4, 3.5])
+def test_atoms_out_of_sight_against_ase(structure: Atoms, cutoff: float) -> None:
+    seen = set(neighbor_list("i", structure, SIGHT * cutoff))
+    found = out_of_sight(structure.positions, structure.cell.array, structure.pbc, cutoff)
+    assert set(np.flatnonzero(found)) == set(range(len(structure))) - seen
 
 
 def test_a_bad_cell_names_the_frame() -> None:

@@ -18,7 +18,7 @@ from forcedrop.active.processes import at_once
 from forcedrop.active.state import frame_key, read_json, write_json
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.evaluation import device_of
-from forcedrop.graph import NeighbourFinder
+from forcedrop.graph import NeighbourFinder, out_of_sight
 from forcedrop.md import NPT, NVE, NVT, run_md
 from forcedrop.structures import Frame, FrameStore
 from forcedrop.training import TrainedModel, load_model
@@ -52,7 +52,7 @@ class Limits:
         stop_above: σ at which a run ends [eV/Å].
         hottest: temperature, in units of the target's.
         closest: distance, in units of the sum of covalent radii.
-        cutoff: of the network [Å]; it knows nothing of an atom that has lost all neighbours within.
+        cutoff: of the network [Å]; it knows next to nothing of an atom whose neighbours are all near it or beyond.
     """
 
     threshold: float
@@ -198,13 +198,16 @@ def _model(path: Path, changed: int, device: str) -> TrainedModel:
 def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:
     """Yield the frames of a run up to the first that shows that it went astray, without the start.
 
-    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, an atom without a neighbour within the
-    cutoff. What comes after means nothing.
+    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, an atom out of sight of the others. What
+    comes after means nothing.
     """
     with FrameStore(folder / run.name / "md.h5") as store:
         frames = store[:]
     for frame in frames:
-        if problem(frame, run, limits) is not None or lone_atoms(frame, limits.cutoff):
+        if (
+            problem(frame, run, limits) is not None
+            or out_of_sight(frame.pos, frame.cell, frame.pbc, limits.cutoff).any()
+        ):
             return
         if frame.info["step"] > 0:
             alone = Frame(z=frame.z, pos=frame.pos, cell=frame.cell, pbc=frame.pbc)
@@ -235,12 +238,6 @@ def nearest(frame: Frame) -> float:
     i, j = edges
     distance = np.linalg.norm(frame.pos[j] + shift @ frame.cell - frame.pos[i], axis=1)
     return float(min(1.0, (distance / (radii[i] + radii[j])).min()))
-
-
-def lone_atoms(frame: Frame, cutoff: float) -> int:
-    """Return the number of atoms without a neighbour within ``cutoff`` [Å]."""
-    edges, _, _ = NeighbourFinder(cutoff)(frame.pos, frame.cell, frame.pbc)
-    return len(frame) - len(np.unique(edges[0]))
 
 
 def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[Seen]:

@@ -74,7 +74,7 @@ def md(
         float, typer.Option(help="of σ [fs], for false alarms; 0 takes the steps for independent", min=0)
     ] = 0.0,
     on_high: Annotated[
-        OnHigh, typer.Option(help="above the band, or where atoms overlap or the temperature runs away")
+        OnHigh, typer.Option(help="above the band, or where atoms overlap, one leaves, or the temperature runs away")
     ] = OnHigh.stop,
     spacing: Annotated[float, typer.Option(help="time between flagged frames that are kept [fs]")] = 50.0,
     check_every: Annotated[

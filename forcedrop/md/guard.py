@@ -4,8 +4,9 @@
     guard.watch(dynamics, every=10)  # or dynamics.attach(guard, interval=10)
     event = run_guarded(dynamics, steps=10_000)
 
-A frame is *trouble* where σ is above the band, atoms overlap, or the temperature has run away. Such a frame is never kept; what
-lies inside the band is, at most once in a while (``spacing``), for the training set.
+A frame is *trouble* where σ is above the band, atoms overlap, one has left the sight of all others (where σ fades to 0), or the
+temperature has run away. Such a frame is never kept; what lies inside the band is, at most once in a while (``spacing``), for the
+training set.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ase.data import atomic_numbers, covalent_radii
 from ase.md.md import MolecularDynamics
 
 from forcedrop.calibration import frame_criteria
-from forcedrop.graph import NeighbourFinder
+from forcedrop.graph import SIGHT, NeighbourFinder, out_of_sight
 from forcedrop.md.band import Band
 from forcedrop.md.ensembles import can_jump, draw_velocities, jump
 from forcedrop.structures import Frame
@@ -33,6 +34,7 @@ class Kind(StrEnum):
     FLAGGED = "flagged"
     HIGH = "high"
     OVERLAP = "overlap"
+    LOST = "lost"
     HOT = "hot"
 
 
@@ -121,6 +123,8 @@ class Guard:
         spacing: steps between flagged frames, at least (calls, for a guard that was only attached).
         on_high: what to do about trouble.
         closest: overlap, by pairs of atomic numbers, smaller first [Å]; by default :func:`closest_allowed` of the model.
+        cutoff: of the network [Å], by default that of the calculator's model: an atom that was in sight of another one and now
+            has none within :data:`~forcedrop.graph.SIGHT` of it is lost. Without either, that is not looked at.
         temperature_limit: [K]; beyond, the run has run away. None: temperature is not looked at.
         on_flag: called with every flagged frame.
 
@@ -141,6 +145,7 @@ class Guard:
         spacing: int = 100,
         on_high: Stop | RollBack | None = None,
         closest: Mapping[tuple[int, int], float] | None = None,
+        cutoff: float | None = None,
         temperature_limit: float | None = None,
         on_flag: Callable[[Frame], None] | None = None,
     ) -> None:
@@ -150,8 +155,9 @@ class Guard:
         if isinstance(on_high, RollBack) and on_high.temperature is None:
             raise ValueError("going back needs a temperature for the new velocities: RollBack(temperature=...)")
         self.calculator, self.atoms, self.band, self.spacing, self.on_high = calculator, atoms, band, spacing, on_high
-        known = getattr(getattr(calculator, "model", None), "provenance", {})
-        self.closest = dict(closest_allowed(atoms, known) if closest is None else closest)
+        model = getattr(calculator, "model", None)
+        self.closest = dict(closest_allowed(atoms, getattr(model, "provenance", {})) if closest is None else closest)
+        self.cutoff: float | None = getattr(model, "cutoff", None) if cutoff is None else cutoff
         self._finder = NeighbourFinder(max(self.closest.values(), default=0.1), skin=0.0)
         self.temperature_limit, self.on_flag = temperature_limit, on_flag
         self.flagged: list[Frame] = []
@@ -222,11 +228,27 @@ class Guard:
         overlap = find_overlap(self.atoms, self.closest, self._finder)
         if overlap:
             return Kind.OVERLAP, overlap
+        lost = self._lost()
+        if lost:
+            return Kind.LOST, lost
         if self.temperature_limit is not None:
             temperature = float(self.atoms.get_temperature())
             if not temperature <= self.temperature_limit:
                 return Kind.HOT, f"{temperature:.0f} K above {self.temperature_limit:.0f} K"
         return None
+
+    def _lost(self) -> str | None:
+        """Name the atoms that have left all others since the last frame that was no trouble."""
+        if self.cutoff is None or self._safe is None:
+            return None
+        now = out_of_sight(self.atoms.positions, self.atoms.cell.array, self.atoms.pbc, self.cutoff)
+        if not now.any():
+            return None
+        lost = now & ~out_of_sight(self._safe.positions, self._safe.cell, self.atoms.pbc, self.cutoff)
+        if not lost.any():
+            return None
+        names = ", ".join(f"{self.atoms.symbols[i]}{i}" for i in np.flatnonzero(lost)[:5])
+        return f"{names} left all others by more than {SIGHT * self.cutoff:.3g} Å, where σ knows nothing"
 
     def _answer(self, event: Event) -> None:
         """Stop, or go back if there is a frame to go back to and it was not done too often."""

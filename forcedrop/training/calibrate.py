@@ -21,7 +21,7 @@ from forcedrop.calibration import (
     frame_criteria,
     local_spread,
 )
-from forcedrop.graph import AtomicGraph
+from forcedrop.graph import SIGHT, AtomicGraph, out_of_sight
 from forcedrop.metrics import atom_norms, nll
 from forcedrop.sampling import FramePrediction, predict_graphs
 from forcedrop.training.checkpoint import Committee, TrainedModel
@@ -58,8 +58,8 @@ def calibrate(
     Curve and elements' factors are those of the forces where there are any, else one factor is that of the energies; what each
     property on its own would ask for is kept beside them.
 
-    Atoms without a neighbour within the cutoff are left out, with a warning: energies of single atoms have no slope, so force and
-    spread are 0 whatever was learned, and no factor makes an error bar of that.
+    Atoms out of sight of all others are left out, with a warning: near the cutoff a network's forces and spreads fade to 0,
+    whatever was learned, and no factor makes an error bar of that.
 
     Args:
         model: what to calibrate; a calibration that it has already is not looked at.
@@ -70,14 +70,15 @@ def calibrate(
         ValueError: if the graphs carry neither forces nor energies.
     """
     found = _predictions(model, graphs, n_samples)
-    if alone := sum(int((~_bound(graph)).sum()) for graph in graphs if bool(graph.has_forces)):
+    bound = [_bound(graph, model.cutoff) for graph in graphs]
+    if alone := sum(int((~own).sum()) for own, graph in zip(bound, graphs, strict=True) if bool(graph.has_forces)):
         warnings.warn(
-            f"{alone} atoms of the frames to calibrate on have no neighbour within {model.cutoff:g} Å: their forces are not "
-            "calibrated, σ is 0 there",
+            f"{alone} atoms of the frames to calibrate on have no neighbour within {SIGHT * model.cutoff:g} Å: their forces are "
+            "not calibrated, σ is near 0 there",
             stacklevel=2,
         )
-    forces = _force_errors(graphs, found)
-    energies = _entries(graphs, found, "energy", [p.std for p in found])
+    forces = _force_errors(graphs, found, bound)
+    energies = _entries(graphs, found, bound, "energy", [p.std for p in found])
     if forces is not None:
         shared = choose(forces)
     elif energies is not None:
@@ -85,7 +86,7 @@ def calibrate(
     else:
         raise ValueError("calibration needs frames with forces or energies; there are none among the held-out frames")
     sigma = [shared.sigma(p.samples, graph.z.cpu().numpy()) for graph, p in zip(graphs, found, strict=True)]
-    entries = {name: _entries(graphs, found, name, sigma) for name in ("energy", "forces", "stress")}
+    entries = {name: _entries(graphs, found, bound, name, sigma) for name in ("energy", "forces", "stress")}
     present = {name: pair for name, pair in entries.items() if pair is not None}
     scales = {name: fit_scale(*pair) for name, pair in present.items()}
     if "forces" in present:
@@ -109,10 +110,11 @@ def force_errors(
     Raises:
         ValueError: if no graph has forces.
     """
-    found = _force_errors(graphs, _predictions(model, graphs, n_samples))
-    if found is None:
+    found = _predictions(model, graphs, n_samples)
+    forces = _force_errors(graphs, found, [_bound(graph, model.cutoff) for graph in graphs])
+    if forces is None:
         raise ValueError("none of the graphs has forces")
-    return found
+    return forces
 
 
 def _predictions(
@@ -177,33 +179,37 @@ def cross_validate(forces: ForceErrors, candidate: Callable[[ForceErrors], Calib
     return np.array(scores)
 
 
-def _force_errors(graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction]) -> ForceErrors | None:
+def _force_errors(
+    graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction], bound: Sequence[np.ndarray]
+) -> ForceErrors | None:
     rows = []
-    for index, (graph, p) in enumerate(zip(graphs, found, strict=True)):
+    for index, (graph, p, seen) in enumerate(zip(graphs, found, bound, strict=True)):
         if bool(graph.has_forces):
-            bound = _bound(graph)
             error = p.mean["forces"] - graph.forces.double().cpu().numpy()
             found_of = (error, p.std["forces"], graph.z.cpu().numpy(), np.full(len(error), index))
-            rows.append(tuple(column[bound] for column in found_of))
+            rows.append(tuple(column[seen] for column in found_of))
     columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
     return ForceErrors(*columns) if columns and len(columns[0]) else None
 
 
-def _bound(graph: AtomicGraph) -> np.ndarray:
-    """Return which atoms have a neighbour within the cutoff, or an image of their own, shape (N,)."""
-    bound: np.ndarray = np.bincount(graph.edge_index[0].cpu().numpy(), minlength=graph.num_nodes) > 0
-    return bound
+def _bound(graph: AtomicGraph, cutoff: float) -> np.ndarray:
+    """Return which atoms the network knows something of, shape (N,)."""
+    return ~out_of_sight(graph.pos.cpu().numpy(), graph.cell[0].cpu().numpy(), graph.pbc[0].cpu().numpy(), cutoff)
 
 
 def _entries(
-    graphs: Sequence[AtomicGraph], found: Sequence[FramePrediction], name: str, sigma: Sequence[Any]
+    graphs: Sequence[AtomicGraph],
+    found: Sequence[FramePrediction],
+    bound: Sequence[np.ndarray],
+    name: str,
+    sigma: Sequence[Any],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Return errors and ``sigma`` of one property, flat; None if no graph has its label."""
     errors, spreads = [], []
-    for graph, p, own in zip(graphs, found, sigma, strict=True):
+    for graph, p, seen, own in zip(graphs, found, bound, sigma, strict=True):
         if bool(graph[f"has_{name}"]):
             label = graph[name].reshape(np.shape(p.mean[name])).double().cpu().numpy()
-            chosen = _bound(graph) if name == "forces" else ...
+            chosen = seen if name == "forces" else ...
             errors.append(np.ravel(np.asarray(p.mean[name] - label)[chosen]))
             spreads.append(np.ravel(np.asarray(own[name])[chosen]))
     return (np.concatenate(errors), np.concatenate(spreads)) if any(part.size for part in errors) else None

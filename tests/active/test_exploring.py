@@ -11,7 +11,6 @@ from forcedrop.active.exploring import (
     acceptable,
     before_high,
     explore,
-    lone_atoms,
     nearest,
     plan_runs,
     problem,
@@ -64,15 +63,12 @@ def test_an_atom_that_leaves_ends_the_frames_to_pick_from(tmp_path) -> None:
         info = {**recorded(number).info}
         return Frame.from_atoms(Atoms("H2O", [[0, 0, 0], [0, 1, height], [0, 0, 1]]), info=info)
 
-    for name, heights, good in (("a", (0.5, 3.0, 6.0, 0.5), 1), ("b", (7.0, 6.0, 0.5, 0.5), 0)):
+    for name, heights, good in (("a", (0.5, 2.9, 4.1, 0.5), 1), ("b", (7.0, 6.0, 0.5, 0.5), 0)):
         run = Run(name, 300.0, 1, "k")
         (tmp_path / name).mkdir()
         with FrameStore(tmp_path / name / "md.h5", "w") as store:
             store.append([step(5 * k, height) for k, height in enumerate(heights)])
         assert len(list(acceptable(tmp_path, run, LIMITS))) == good
-    assert lone_atoms(step(0, 7.0), 4.0) == 1
-    assert lone_atoms(recorded(0), 2.0) == 4
-    assert lone_atoms(Frame.from_atoms(bulk("Cu", a=3.6)), 4.0) == 0  # its own images are neighbours
 
 
 def test_nothing_after_a_high_sigma() -> None:

@@ -124,6 +124,36 @@ def test_overlapping_and_hot_frames_are_never_flagged() -> None:
     assert (guard.flagged, guard.events[0].kind) == ([], Kind.HOT)
 
 
+def test_an_atom_that_leaves_is_trouble_and_one_that_was_alone_is_not() -> None:
+    """Within 0.8 of 5 Å: σ of a network fades to nothing beyond, however far off its force is."""
+    pair = [[0, 0, 0], [2.5, 0, 0]]
+    away = Atoms("Cu4", [*pair, [5.0, 0, 0], [0, 0, 30.0]])
+    away.calc = Scripted(script(0.5))
+    for cutoff, ends in ((5.0, True), (None, False)):
+        atoms = away.copy()
+        guard = Guard(away.calc, atoms, BAND, cutoff=cutoff)
+        guard()
+        atoms.positions[2, 0] = 2.5 + 3.9
+        guard()  # in sight
+        atoms.positions[2, 0] = 2.5 + 4.1
+        if ends:
+            with pytest.raises(GuardStop, match=r"lost, Cu2 left all others by more than 4 Å"):
+                guard()
+        else:
+            guard()
+    back = Guard(away.calc, atoms, BAND, cutoff=5.0)
+    back.restore(guard_state(away), [])
+    assert back.events == []
+    with pytest.raises(GuardStop, match="Cu2"):
+        back()  # a resumed run remembers whom it had in sight
+
+
+def guard_state(atoms: Atoms) -> dict[str, object]:
+    guard = Guard(atoms.calc, atoms, BAND, cutoff=5.0)
+    guard()
+    return guard.state()
+
+
 def test_nan_is_trouble() -> None:
     atoms = copper(script(np.nan))
     with pytest.raises(GuardStop):
