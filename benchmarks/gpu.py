@@ -78,11 +78,13 @@ def calls(name: str, repeat: int, device: str, data: Path) -> dict[str, Any]:
     """Time one call and K samples of a structure, and note the memory of 16."""
     atoms = structure(name, data, repeat)
     row: dict[str, Any] = {"system": name, "atoms": len(atoms)}
-    row["one_ms"] = timed(moved(atoms, calculator(name, device=device, uncertainty_every=ONE)), device)
+    row["one_ms"] = timed(moved(atoms, calculator(name, data=data, device=device, uncertainty_every=ONE)), device)
     for samples in (16, 64):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        row[f"K{samples}_ms"] = timed(moved(atoms, calculator(name, device=device, n_samples=samples)), device)
+        row[f"K{samples}_ms"] = timed(
+            moved(atoms, calculator(name, data=data, device=device, n_samples=samples)), device
+        )
         row[f"K{samples}_over_one"] = round(row[f"K{samples}_ms"] / row["one_ms"], 2)
         if device == "cuda":
             row[f"K{samples}_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -32,7 +32,7 @@ def structure(name: str, data: Path = DATA, repeat: int = 3) -> Any:
     return atoms
 
 
-def model(name: str, seed: int = 0) -> Any:
+def model(name: str, seed: int = 0, data: Path = DATA) -> Any:
     """Return a network of the default shape with random weights and a random posterior, as a model."""
     import torch
 
@@ -45,17 +45,17 @@ def model(name: str, seed: int = 0) -> Any:
     potential = Potential(
         PotentialConfig(ELEMENTS[name], cutoff=CUTOFF), {z: ISOLATED.get(z, 0.0) for z in ELEMENTS[name]}
     )
-    batch = batch_graphs([build_graph(Frame.from_atoms(structure(name, repeat=1)), NeighbourFinder(CUTOFF))])
+    batch = batch_graphs([build_graph(Frame.from_atoms(structure(name, data, repeat=1)), NeighbourFinder(CUTOFF))])
     potential.measure_norms(batch, pair_vectors(batch, 2 * CUTOFF))
     potential.posterior = 1e-3 * torch.randn(potential.n_readout, potential.n_readout)
     return TrainedModel(potential.eval())
 
 
-def calculator(name: str, seed: int = 0, **settings: Any) -> Any:
+def calculator(name: str, seed: int = 0, data: Path = DATA, **settings: Any) -> Any:
     """Return forcedrop's calculator of such a model."""
     from forcedrop import DropoutCalculator
 
-    return DropoutCalculator(model(name, seed), **settings)
+    return DropoutCalculator(model(name, seed, data), **settings)
 
 
 def mace_model(name: str, seed: int = 0) -> Any:

@@ -111,7 +111,8 @@ class PickSection(_Section):
     most_sigma: float | None = Field(
         None,
         gt=0,
-        description="[eV/Å]; of a run only frames before the first with a σ (of the first network) above are picked",
+        description="[eV/Å]; of a run only frames before the first with a σ (of the first network) above are picked; by default "
+        "the root mean square force of the median labelled frame, at least twice the threshold of flagging; .inf for no limit",
     )
     check: int = Field(0, ge=0, description="of a batch, so many are drawn at random, to judge σ without a choice")
 

@@ -246,12 +246,22 @@ def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[See
     return [seen for run in runs for seen in acceptable(folder, run, limits)]
 
 
-def before_high(seen: Sequence[Seen], most: float | None) -> list[Seen]:
-    """Return the frames of every run before the first with a σ above ``most`` [eV/Å]; all without it."""
+def credible(labelled: Sequence[Frame], threshold: float) -> float:
+    """Return the σ [eV/Å] from which on a network knows nothing of a frame: as large as the forces themselves.
+
+    That is the root mean square of the atoms' forces in the median labelled frame (a few absurd labels must not raise it), but at
+    least twice the threshold of flagging, as frames near equilibrium have none.
+    """
+    forces = [np.sqrt(np.mean(np.sum(f.forces**2, axis=1))) for f in labelled if f.forces is not None]
+    return max(float(np.median(forces)) if forces else 0.0, 2 * threshold)
+
+
+def before_high(seen: Sequence[Seen], most: float) -> list[Seen]:
+    """Return the frames of every run before the first with a σ above ``most`` [eV/Å]."""
     over: set[str] = set()
     kept = []
     for one in seen:
-        if most is not None and one.sigma > most:
+        if one.sigma > most:
             over.add(one.run.name)
         if one.run.name not in over:
             kept.append(one)

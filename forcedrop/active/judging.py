@@ -81,7 +81,7 @@ def stop_reason(rounds: Sequence[Mapping[str, Any]], labels: int, settings: Stop
     """Return why the loop is over, or None.
 
     Args:
-        rounds: of each round that is over, ``verdict``, ``picked``, ``labelled``.
+        rounds: of each round that is over, ``verdict``, ``candidates``, ``picked``, ``labelled``.
         labels: how many there are.
         settings: when to stop.
     """
@@ -91,6 +91,8 @@ def stop_reason(rounds: Sequence[Mapping[str, Any]], labels: int, settings: Stop
         return None
     last = rounds[-1]
     if not last["picked"]:
+        if last["candidates"] == 0:
+            return "exploration meets no frame that may be labelled: σ or trouble end every run near its start (rounds.csv)"
         return "exploration finds nothing that the model is unsure of"
     if settings.force_rmse is not None and last["verdict"] == "good":
         return f"errors on fresh labels agree with σ and are under {settings.force_rmse:g} eV/Å"

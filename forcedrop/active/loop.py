@@ -21,7 +21,7 @@ from tqdm import tqdm
 from forcedrop.active.audit import round_rows, write_tables
 from forcedrop.active.config import ActiveConfig
 from forcedrop.active.design import MOST, information
-from forcedrop.active.exploring import Limits, Run, Seen, before_high, explore, explored, plan_runs, summary
+from forcedrop.active.exploring import Limits, Run, Seen, before_high, credible, explore, explored, plan_runs, summary
 from forcedrop.active.flagging import resolve_threshold
 from forcedrop.active.judging import judge, stop_reason, verdict
 from forcedrop.active.labelling import DaskCluster, Executor, ProcessPool, Rules, bare, label_frames, labelled
@@ -278,7 +278,9 @@ class ActiveLoop:
             return
         known, tried = self.known(number), self.state.tried()
         seen = explored(self.state.result(number, "explore"), self.state.round(number) / "runs", limits)
-        seen = before_high(seen, self.config.pick.most_sigma)
+        most = self.config.pick.most_sigma
+        most = credible(known, limits.threshold) if most is None else most
+        seen = before_high(seen, most)
         candidates = [s for key, s in {frame_key(s.frame): s for s in seen}.items() if key not in tried]
         n_candidates, n_flagged = len(candidates), sum(s.sigma > limits.threshold for s in candidates)
         if self.config.pick.strategy == "informative" and n_candidates > MOST:
@@ -300,7 +302,7 @@ class ActiveLoop:
         write_frames_atomically(self.state.round(number) / "picks.h5", frames)
         if len(models) > 1:  # flagged by a σ of their own
             n_flagged = int(pool.flagged.sum())
-        values = {"candidates": n_candidates, "flagged": int(n_flagged), "picked": len(frames)}
+        values = {"candidates": n_candidates, "flagged": int(n_flagged), "picked": len(frames), "most_sigma": most}
         self.state.finish(number, "pick", values)
 
     def _choose(

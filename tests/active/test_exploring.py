@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -10,6 +12,7 @@ from forcedrop.active.exploring import (
     Seen,
     acceptable,
     before_high,
+    credible,
     explore,
     nearest,
     plan_runs,
@@ -77,7 +80,16 @@ def test_nothing_after_a_high_sigma() -> None:
 
     a, b = seen("a", 0.1, 0.5, 1.1, 0.2), seen("b", 0.3, 0.9)
     assert before_high([*a, *b], 1.0) == [*a[:2], *b]
-    assert before_high([*a, *b], None) == [*a, *b]
+    assert before_high([*a, *b], np.inf) == [*a, *b]
+
+
+def test_sigma_as_large_as_the_forces_is_not_credible() -> None:
+    frames = emt_frames(5)
+    rms = sorted(float(np.sqrt((f.forces**2).sum(1).mean())) for f in frames)
+    assert credible(frames, 0.01) == pytest.approx(rms[2], rel=1e-12)
+    absurd = replace(frames[0], forces=1e3 * frames[0].forces)
+    assert credible([absurd, *frames[1:]], 0.01) in [pytest.approx(r, rel=1e-12) for r in rms]
+    assert credible(frames, rms[-1]) == pytest.approx(2 * rms[-1], rel=1e-12)
 
 
 def test_plan() -> None:

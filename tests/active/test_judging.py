@@ -49,13 +49,14 @@ def test_verdicts() -> None:
 
 def test_stopping() -> None:
     stop = StopSection(labels=100, force_rmse=0.1, rounds=3)
-    good, bad = ({"picked": 5, "labelled": 5, "verdict": v} for v in ("good", "σ too small"))
-    lost, empty = {"picked": 5, "labelled": 0, "verdict": "…"}, {"picked": 0, "labelled": 0, "verdict": "…"}
+    good, bad = ({"candidates": 9, "picked": 5, "labelled": 5, "verdict": v} for v in ("good", "σ too small"))
+    lost, empty = ({"candidates": 9, "picked": n, "labelled": 0, "verdict": "…"} for n in (5, 0))
     assert stop_reason([], 30, stop) is None
     assert stop_reason([good, bad], 30, stop) is None
     assert "agree with σ and are under 0.1" in str(stop_reason([bad, good], 30, stop))
     assert "budget of 100" in str(stop_reason([bad], 100, stop))
     assert "nothing that the model is unsure of" in str(stop_reason([empty], 30, stop))
+    assert "no frame that may be labelled" in str(stop_reason([{**empty, "candidates": 0}], 30, stop))
     assert stop_reason([lost], 30, stop) is None
     assert "no label of the last two rounds" in str(stop_reason([lost, lost], 30, stop))
     assert "3 rounds" in str(stop_reason([bad] * 3, 30, stop))
