@@ -188,6 +188,7 @@ def evaluate(
             numbers.append(np.repeat(frame.z[bound[index]], 3))
     columns["difference"] = _differences(frames, predictions)
     joined = {name: [np.concatenate(c) for c in zip(*rows, strict=True)] for name, rows in columns.items() if rows}
+    joined = {name: rows for name, rows in joined.items() if rows[0].size}
     if not joined:
         raise ValueError("none of the frames carries an energy, forces or a stress to compare with")
     totals = [

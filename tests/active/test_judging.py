@@ -82,3 +82,8 @@ def test_an_atom_that_is_alone_does_not_spoil_the_rest(trained) -> None:
     assert found["force_rmse"] == pytest.approx(expected["force_rmse"], rel=1e-9)
     assert found["z2"] == pytest.approx(expected["z2"], rel=1e-9)
     assert evaluate(trained, fresh).by_element().keys() == {"Cu"}
+    pair = Frame.from_atoms(
+        Atoms("Cu2", [[0, 0, 0], [0, 0, 3.5]]), energy=0.1, forces=np.array([[0, 0, 0.1], [0, 0, -0.1]])
+    )
+    with pytest.warns(UserWarning, match="2 atoms have no neighbour"):
+        assert evaluate(trained, [pair]).reports().keys() == {"energy"}
