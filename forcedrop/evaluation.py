@@ -155,8 +155,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare a model with labelled frames.
 
-    Forces of atoms out of sight of all others are left out with a warning: near the cutoff a network's forces and spreads fade
-    to 0, whatever was learned.
+    Forces of atoms out of sight of all others are left out with a warning, as are stress, and an energy whose σ is 0, of their
+    frames: near the cutoff a network's forces and spreads fade to 0, whatever was learned.
 
     Args:
         model: what to judge.
@@ -182,7 +182,7 @@ def evaluate(
         )
     for index, (frame, p) in enumerate(zip(frames, predictions, strict=True)):
         for name in ("energy", "forces", "stress"):
-            if getattr(frame, name) is not None:
+            if getattr(frame, name) is not None and _comparable(name, p, bound[index]):
                 columns[name].append(_row(frame, p, name, index, bound[index] if name == "forces" else ...))
         if frame.forces is not None:
             numbers.append(np.repeat(frame.z[bound[index]], 3))
@@ -190,7 +190,7 @@ def evaluate(
     joined = {name: [np.concatenate(c) for c in zip(*rows, strict=True)] for name, rows in columns.items() if rows}
     joined = {name: rows for name, rows in joined.items() if rows[0].size}
     if not joined:
-        raise ValueError("none of the frames carries an energy, forces or a stress to compare with")
+        raise ValueError("none of the frames carries an energy, forces or a stress that can be compared with")
     totals = [
         float(p.mean["energy"]) - f.energy for f, p in zip(frames, predictions, strict=True) if f.energy is not None
     ]
@@ -214,6 +214,13 @@ def _row(frame: Frame, p: FramePrediction, name: str, index: int, chosen: Any) -
     reference = np.ravel(np.asarray(getattr(frame, name))[chosen]) / per
     mean, sigma, plain = (np.ravel(np.asarray(part[name])[chosen]) / per for part in (p.mean, p.error_bars, p.plain))
     return reference, mean - reference, sigma, plain - reference, np.full(reference.shape, index)
+
+
+def _comparable(name: str, p: FramePrediction, bound: np.ndarray) -> bool:
+    """Return whether σ of a property means something where only some atoms have neighbours in sight."""
+    if name == "energy":
+        return bool(bound.any()) or float(p.error_bars["energy"]) > 0
+    return name == "forces" or bool(bound.all())
 
 
 def _differences(frames: Sequence[Frame], predictions: Sequence[FramePrediction]) -> list[tuple[np.ndarray, ...]]:

@@ -253,6 +253,8 @@ def parse_active_config(values: dict[str, Any], source: str = "<memory>", folder
             f"{source}: `explore.quantile` is one of calibration frames: `training.data.calibration_fraction` must not be 0, "
             "or give an `explore.threshold`"
         )
+    if config.explore.threshold == 0 and config.explore.stop_above is None:
+        raise ConfigError(f"{source}: with an `explore.threshold` of 0, `explore.stop_above` must say where runs end")
     explore, files = config.explore, config.explore.start_files
     return config.model_copy(
         update={

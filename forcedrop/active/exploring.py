@@ -198,18 +198,18 @@ def _model(path: Path, changed: int, device: str) -> TrainedModel:
 def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:
     """Yield the frames of a run up to the first that shows that it went astray, without the start.
 
-    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, an atom out of sight of the others. What
-    comes after means nothing.
+    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, an atom that has gone out of sight of the
+    others. What comes after means nothing. Frames with an atom that was so from the start are left out, no more.
     """
     with FrameStore(folder / run.name / "md.h5") as store:
         frames = store[:]
+    always: np.ndarray | None = None
     for frame in frames:
-        if (
-            problem(frame, run, limits) is not None
-            or out_of_sight(frame.pos, frame.cell, frame.pbc, limits.cutoff).any()
-        ):
+        away = out_of_sight(frame.pos, frame.cell, frame.pbc, limits.cutoff)
+        always = away if always is None else always
+        if problem(frame, run, limits) is not None or (away & ~always).any():
             return
-        if frame.info["step"] > 0:
+        if frame.info["step"] > 0 and not away.any():
             alone = Frame(z=frame.z, pos=frame.pos, cell=frame.cell, pbc=frame.pbc)
             yield Seen(alone, run, float(frame.info["time_fs"]), float(frame.info["max_force_sigma_eV_A"]))
 
@@ -252,7 +252,7 @@ def credible(labelled: Sequence[Frame], threshold: float) -> float:
     That is the root mean square of the atoms' forces in the median labelled frame (a few absurd labels must not raise it), but at
     least twice the threshold of flagging, as frames near equilibrium have none.
     """
-    forces = [np.sqrt(np.mean(np.sum(f.forces**2, axis=1))) for f in labelled if f.forces is not None]
+    forces = [np.sqrt(np.mean(np.sum(f.forces**2, axis=1))) for f in labelled if f.forces is not None and len(f) > 1]
     return max(float(np.median(forces)) if forces else 0.0, 2 * threshold)
 
 

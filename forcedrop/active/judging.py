@@ -92,7 +92,7 @@ def stop_reason(rounds: Sequence[Mapping[str, Any]], labels: int, settings: Stop
     last = rounds[-1]
     if not last["picked"]:
         if last["candidates"] == 0:
-            return "exploration meets no frame that may be labelled: σ or trouble end every run near its start (rounds.csv)"
+            return "exploration meets no new frame to label: σ is too large, or atoms are out of sight of others, from the start"
         return "exploration finds nothing that the model is unsure of"
     if settings.force_rmse is not None and last["verdict"] == "good":
         return f"errors on fresh labels agree with σ and are under {settings.force_rmse:g} eV/Å"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,9 +111,10 @@ class Worker:
         return f"the process died {how}" + (f": {words}" if words else "")
 
     def close(self) -> None:
-        """Kill the process, if there is one."""
+        """Kill the process, if there is one, and its children."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # and what the oracle has started
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 with suppress(BrokenPipeError):  # what could not be sent is of no use now

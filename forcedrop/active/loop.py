@@ -36,12 +36,15 @@ from forcedrop.active.picking import (
     structure_features,
 )
 from forcedrop.active.processes import at_once
+from forcedrop.active.reopening import STOPPED, looking, reopen
 from forcedrop.active.roles import role_files
 from forcedrop.active.state import State, frame_key, read_json, write_atomically, write_frames_atomically, write_json
-from forcedrop.structures import Frame, FrameStore, read_checked, read_frames
+from forcedrop.structures import Frame, FrameStore, read_frames
 from forcedrop.training import ConfigError, TrainConfig, TrainedModel, load_model, train
+from forcedrop.training.config import DataSection
+from forcedrop.training.data import read_labelled
 
-CHECKPOINT, MODEL = "last.pt", "model.pt"
+CHECKPOINT, MODEL, TRAINED = "last.pt", "model.pt", "trained"
 
 
 class ActiveLoop:
@@ -65,7 +68,7 @@ class ActiveLoop:
         self.oracle: Oracle = find_oracle(oracle.name, oracle.settings, oracle.retry_settings, config.folder.resolve())
         same = json.loads(json.dumps({"oracle": oracle.name, "settings": oracle.settings}, default=str))
         before = read_json(self.state.folder / "loop.json")
-        if before is not None and before != same:
+        if before is not None and before != same and self.state.has_labels():
             raise ConfigError(
                 f"{self.state.folder} holds labels of {before}, this file asks for {same}: choose another `state`"
             )
@@ -88,6 +91,7 @@ class ActiveLoop:
                 settings = json.loads(json.dumps(settings, default=str))
                 write_atomically(self.state.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
                 self.state.clean()
+                reopen(self.state, self.config, self.number() - 1)
                 return self._run()
         except Timeout:
             raise ValueError(f"another loop runs in {self.state.folder}") from None
@@ -133,7 +137,7 @@ class ActiveLoop:
                 part = self.state.folder / f".{MODEL}.part"
                 part.write_bytes((self.state.round(number) / "model" / MODEL).read_bytes())
                 part.replace(target)
-                write_json(self.state.folder / "stopped.json", {"reason": reason, "labels": len(self.state.frames())})
+                write_json(self.state.folder / STOPPED, {"reason": reason, "labels": len(self.state.frames())})
                 return reason
             limits = self._explore(number, models[0])
             self._pick(number, models, limits)
@@ -153,6 +157,8 @@ class ActiveLoop:
     def stopped(self) -> str | None:
         """Return why the loop is over by now, or None; only rounds that are over count, and what they labelled."""
         rows = [row for row in round_rows(self.state) if row.get("verdict") is not None]
+        for row in rows:  # by the limits of now
+            row["verdict"] = verdict(self.state.result(row["round"], "judge"), self.config.stop)
         return stop_reason(rows, len(self.known(self.number())), self.config.stop)
 
     def _tables(self) -> None:
@@ -174,7 +180,7 @@ class ActiveLoop:
     def _start_frames(self) -> tuple[list[Frame], list[Frame]]:
         """Return the start frames that have their labels, and those that are to be labelled; each structure once."""
         settings = self.config.start
-        frames = list({frame_key(frame): frame for frame in read_checked(settings.files)[0]}.values())
+        frames = list({frame_key(frame): frame for frame in read_labelled(settings.files, self._data())[0]}.values())
         if settings.frames is not None and settings.frames < len(frames):
             rng = np.random.default_rng([self.config.seed, 0])
             frames = [frames[i] for i in sorted(rng.choice(len(frames), settings.frames, replace=False))]
@@ -187,7 +193,7 @@ class ActiveLoop:
         members = self.config.pick.members if self.config.pick.strategy == "committee" else 1
         names = ["model" if m == 0 else f"model-{m}" for m in range(members)]
         folders = [self.state.round(number) / name for name in names]
-        if self.state.result(number, "train") is None:
+        if self.state.result(number, "train") is None or not all((f / TRAINED).exists() for f in folders):
             start, n_frames = time.monotonic(), len(self.state.frames())
             files, n_train = self._files(number)
             fine = self.config.retraining.fine_tune_steps is not None and number > 1
@@ -196,7 +202,7 @@ class ActiveLoop:
                 before = self.state.round(number - 1) / folder.name / MODEL
                 start_from = before if fine and before.exists() else None  # a member that is new starts from nothing
                 settings = self.config.train_config(files, folder, n_train, number, member, start_from)
-                if not (folder / "trained").exists():
+                if not (folder / TRAINED).exists():
                     left.append(settings)
             tqdm.write(f"round {number}: {'fine-tuning' if fine else 'training'} on {n_train} of {n_frames} labels")
             at_once(train_one, left, self.config.retraining.workers)
@@ -219,8 +225,11 @@ class ActiveLoop:
 
     def _shares(self) -> dict[str, float]:
         """Return the shares of the labels that do not train."""
-        data = self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
+        data = self._data()
         return {"validation": data.validation_fraction, "calibration": data.calibration_fraction}
+
+    def _data(self) -> DataSection:
+        return self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
 
     def limits(self, number: int, model: TrainedModel) -> Limits:
         """Return where frames are flagged and runs end in a round, by its model.
@@ -232,7 +241,8 @@ class ActiveLoop:
         """
         settings = self.config.explore
         quantile = None if settings.threshold is not None else settings.quantile
-        threshold = resolve_threshold(model.calibration, "max_force", settings.threshold, quantile)
+        before = [self.state.result(n, "explore")["threshold"] for n in range(1, number)]
+        threshold = min([resolve_threshold(model.calibration, "max_force", settings.threshold, quantile), *before])
         stop = settings.stop_above if settings.stop_above is not None else settings.stop_factor * threshold
         if stop <= threshold:
             raise ValueError(
@@ -240,19 +250,18 @@ class ActiveLoop:
                 "model is too unsure of its own calibration frames to explore with; start from more frames, or train for longer"
             )
         most = self.config.pick.most_sigma
-        if most is not None and most <= threshold:
+        if most is not None and most <= threshold and self.config.pick.strategy in ("uncertain", "informative"):
             raise ValueError(
                 f"`pick.most_sigma` must be above the threshold of flagging, got {most:.3g} and {threshold:.3g} eV/Å: "
                 "nothing could be picked"
             )
-        before = [self.state.result(n, "explore")["threshold"] for n in range(1, number)]
-        return Limits(min([threshold, *before]), stop, settings.hottest, settings.closest, model.cutoff)
+        return Limits(threshold, stop, settings.hottest, settings.closest, model.cutoff)
 
     def plan(self, number: int) -> list[tuple[Run, Frame]]:
         """Return the runs of a round, whose start frames are those that were labelled before it."""
         settings = self.config.explore
         files = settings.start_files
-        starts = [f for path in files for f in read_frames(path)] if files else self.known(number)
+        starts = read_labelled(files, self._data())[0] if files else self.known(number)
         return plan_runs(settings, [f for f in starts if len(f) > 1] or starts, self.config.seed, number)
 
     def known(self, number: int) -> list[Frame]:
@@ -302,7 +311,13 @@ class ActiveLoop:
         write_frames_atomically(self.state.round(number) / "picks.h5", frames)
         if len(models) > 1:  # flagged by a σ of their own
             n_flagged = int(pool.flagged.sum())
-        values = {"candidates": n_candidates, "flagged": int(n_flagged), "picked": len(frames), "most_sigma": most}
+        values: dict[str, Any] = {
+            "candidates": n_candidates,
+            "flagged": int(n_flagged),
+            "picked": len(frames),
+            "most_sigma": most,
+            "looking": looking(self.config),
+        }
         self.state.finish(number, "pick", values)
 
     def _choose(
@@ -388,7 +403,7 @@ class ActiveLoop:
 def train_one(config: TrainConfig) -> None:
     """Train a network, or go on with it; its folder says when it is over."""
     train(config, resume=(config.output / CHECKPOINT).exists())
-    (config.output / "trained").touch()
+    (config.output / TRAINED).touch()
 
 
 def _origin(frame: Frame) -> dict[str, Any]:

@@ -162,15 +162,13 @@ class State:
 
     def append(self, frames: Iterable[Frame]) -> int:
         """Add labelled frames to the store, but those it holds already; return how many it holds then."""
-        known = {frame_key(frame) for frame in self.frames()}
+        before = self.frames()
+        known = {frame_key(frame) for frame in before}
         new = {frame_key(frame): frame for frame in frames}
         fresh = [frame for key, frame in new.items() if key not in known]
-        if fresh and not self.store.exists():  # HDF5 makes a file in several steps
-            write_frames_atomically(self.store, fresh, {"what": "active learning"})
-        elif fresh:
-            with FrameStore(self.store, "a") as store:
-                store.append(fresh)
-        return len(known) + len(fresh)
+        if fresh:  # whole: HDF5 opens, makes and changes a file in several steps
+            write_frames_atomically(self.store, [*before, *fresh], {"what": "active learning"})
+        return len(before) + len(fresh)
 
     def clean(self) -> None:
         """Remove what a kill left half written."""
@@ -184,6 +182,11 @@ class State:
         """Return the labels of a round, and the failures, by key."""
         found = [read_json(path) for path in sorted((self.round(number) / "labels").glob("[!.]*.json"))]
         return {record["key"]: record for record in found}
+
+    def has_labels(self) -> bool:
+        """Return whether anything has got a label."""
+        records = (record for number in self.rounds() for record in self.records(number).values())
+        return bool(self.frames()) or any(record.get("status") == "labelled" for record in records)
 
     def tried(self) -> set[str]:
         """Return the keys of all structures that were labelled, or could not be."""

@@ -167,6 +167,7 @@ class Guard:
         self._last_flag: int | None = None
         self._safe: _Place | None = None
         self._safe_is_low = False
+        self._away: np.ndarray | None = None  # who was out of sight at the last look that was no trouble
 
     def follow(self, dynamics: Any) -> None:
         """Note whose steps the events count, and what to tell about going back; :meth:`watch` attaches besides.
@@ -204,10 +205,12 @@ class Guard:
         forces = self.calculator.get_property(f"forces_{kind}", self.atoms)
         criteria = frame_criteria(forces, float(self.calculator.get_property(f"energy_{kind}", self.atoms)))
         sigma = criteria[self.band.criterion]
-        trouble = self._trouble(sigma)
+        away = self._out_of_sight()
+        trouble = self._trouble(sigma, away)
         if trouble is not None:
             self._answer(Event(step, trouble[0], sigma, trouble[1]))
             return
+        self._away = away
         low = sigma <= self.band.low
         if low or not self._safe_is_low:
             self._safe, self._safe_is_low = _Place.of(self.atoms, step), low
@@ -222,33 +225,27 @@ class Guard:
         if self.on_flag is not None:
             self.on_flag(frame)
 
-    def _trouble(self, sigma: float) -> tuple[Kind, str] | None:
+    def _out_of_sight(self) -> np.ndarray | None:
+        """Return which atoms no other one sees, None if nobody knows the cutoff."""
+        if self.cutoff is None:
+            return None
+        return out_of_sight(self.atoms.positions, self.atoms.cell.array, self.atoms.pbc, self.cutoff)
+
+    def _trouble(self, sigma: float, away: np.ndarray | None) -> tuple[Kind, str] | None:
         if not sigma <= self.band.high:  # NaN is trouble
             return Kind.HIGH, f"{self.band.criterion} σ {sigma:.4g} above {self.band.high:.4g}"
         overlap = find_overlap(self.atoms, self.closest, self._finder)
         if overlap:
             return Kind.OVERLAP, overlap
-        lost = self._lost()
-        if lost:
-            return Kind.LOST, lost
+        if away is not None and self._away is not None and (lost := np.flatnonzero(away & ~self._away)).size:
+            names = ", ".join(f"{self.atoms.symbols[i]}{i}" for i in lost[:5])
+            reach = SIGHT * (self.cutoff or 0.0)
+            return Kind.LOST, f"{names} left all others by more than {reach:.3g} Å, where σ knows nothing"
         if self.temperature_limit is not None:
             temperature = float(self.atoms.get_temperature())
             if not temperature <= self.temperature_limit:
                 return Kind.HOT, f"{temperature:.0f} K above {self.temperature_limit:.0f} K"
         return None
-
-    def _lost(self) -> str | None:
-        """Name the atoms that have left all others since the last frame that was no trouble."""
-        if self.cutoff is None or self._safe is None:
-            return None
-        now = out_of_sight(self.atoms.positions, self.atoms.cell.array, self.atoms.pbc, self.cutoff)
-        if not now.any():
-            return None
-        lost = now & ~out_of_sight(self._safe.positions, self._safe.cell, self.atoms.pbc, self.cutoff)
-        if not lost.any():
-            return None
-        names = ", ".join(f"{self.atoms.symbols[i]}{i}" for i in np.flatnonzero(lost)[:5])
-        return f"{names} left all others by more than {SIGHT * self.cutoff:.3g} Å, where σ knows nothing"
 
     def _answer(self, event: Event) -> None:
         """Stop, or go back if there is a frame to go back to and it was not done too often."""
@@ -262,6 +259,7 @@ class Guard:
         self.events.append(Event(**{**vars(event), "back_to": safe.step}))
         self.atoms.set_cell(safe.cell, scale_atoms=False)
         self.atoms.set_positions(safe.positions, apply_constraint=False)
+        self._away = self._out_of_sight()
         draw_velocities(self.atoms, float(answer.temperature or 0.0), rng)
         jump(self._dynamics)
 
@@ -273,6 +271,7 @@ class Guard:
             "last_flag": self._last_flag,
             "safe": None if self._safe is None else self._safe.to_dict(),
             "safe_is_low": self._safe_is_low,
+            "away": None if self._away is None else self._away.tolist(),
         }
 
     def restore(self, state: Mapping[str, Any], flagged: list[Frame]) -> None:
@@ -281,6 +280,8 @@ class Guard:
         self._calls, self._last_flag = state["calls"], state["last_flag"]
         self._safe = None if state["safe"] is None else _Place.from_dict(state["safe"])
         self._safe_is_low = state["safe_is_low"]
+        away = state.get("away")  # restart files from before this was looked at have none
+        self._away = None if away is None else np.array(away)
         self.flagged = list(flagged)
 
 

@@ -58,8 +58,8 @@ def calibrate(
     Curve and elements' factors are those of the forces where there are any, else one factor is that of the energies; what each
     property on its own would ask for is kept beside them.
 
-    Atoms out of sight of all others are left out, with a warning: near the cutoff a network's forces and spreads fade to 0,
-    whatever was learned, and no factor makes an error bar of that.
+    Atoms out of sight of all others are left out, with a warning, as are energy and stress of their structures: near the cutoff a
+    network's forces and spreads fade to 0, whatever was learned, and no factor makes an error bar of that.
 
     Args:
         model: what to calibrate; a calibration that it has already is not looked at.
@@ -71,10 +71,10 @@ def calibrate(
     """
     found = _predictions(model, graphs, n_samples)
     bound = [_bound(graph, model.cutoff) for graph in graphs]
-    if alone := sum(int((~own).sum()) for own, graph in zip(bound, graphs, strict=True) if bool(graph.has_forces)):
+    if alone := sum(int((~own).sum()) for own in bound):
         warnings.warn(
-            f"{alone} atoms of the frames to calibrate on have no neighbour within {SIGHT * model.cutoff:g} Å: their forces are "
-            "not calibrated, σ is near 0 there",
+            f"{alone} atoms of the frames to calibrate on have no neighbour within {SIGHT * model.cutoff:g} Å: they do not "
+            "count, σ is near 0 there",
             stacklevel=2,
         )
     forces = _force_errors(graphs, found, bound)
@@ -82,20 +82,21 @@ def calibrate(
     if forces is not None:
         shared = choose(forces)
     elif energies is not None:
-        shared = Calibration(Growth(fit_scale(*energies)))
+        shared = Calibration(Growth(fit_scale(*energies[:2])))
     else:
         raise ValueError("calibration needs frames with forces or energies; there are none among the held-out frames")
     sigma = [shared.sigma(p.samples, graph.z.cpu().numpy()) for graph, p in zip(graphs, found, strict=True)]
     entries = {name: _entries(graphs, found, bound, name, sigma) for name in ("energy", "forces", "stress")}
-    present = {name: pair for name, pair in entries.items() if pair is not None}
-    scales = {name: fit_scale(*pair) for name, pair in present.items()}
+    present = {name: found_of for name, found_of in entries.items() if found_of is not None}
+    scales = {name: fit_scale(error, own) for name, (error, own, _) in present.items()}
     if "forces" in present:
-        present["atoms"] = atom_norms(*(x.reshape(-1, 3) for x in present["forces"]))
+        error, own, n_frames = present["forces"]
+        present["atoms"] = (*atom_norms(error.reshape(-1, 3), own.reshape(-1, 3)), n_frames)
     criteria = [frame_criteria(s["forces"], float(s["energy"])) for s in sigma]
     return replace(
         shared,
         scales=scales,
-        quantiles={name: conformal_quantiles(*pair, len(graphs)) for name, pair in present.items()},
+        quantiles={name: conformal_quantiles(*found_of) for name, found_of in present.items()},
         n_frames=len(graphs),
         n_samples=len(found[0].samples["energy"]),
         levels={name: sorted(frame[name] for frame in criteria) for name in CRITERIA},
@@ -203,13 +204,14 @@ def _entries(
     bound: Sequence[np.ndarray],
     name: str,
     sigma: Sequence[Any],
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return errors and ``sigma`` of one property, flat; None if no graph has its label."""
+) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Return errors and ``sigma`` of one property, flat, and of how many graphs; None if no graph has its label."""
     errors, spreads = [], []
     for graph, p, seen, own in zip(graphs, found, bound, sigma, strict=True):
-        if bool(graph[f"has_{name}"]):
+        if bool(graph[f"has_{name}"]) and (name == "forces" or seen.all()):
             label = graph[name].reshape(np.shape(p.mean[name])).double().cpu().numpy()
             chosen = seen if name == "forces" else ...
             errors.append(np.ravel(np.asarray(p.mean[name] - label)[chosen]))
             spreads.append(np.ravel(np.asarray(own[name])[chosen]))
-    return (np.concatenate(errors), np.concatenate(spreads)) if any(part.size for part in errors) else None
+    count = sum(part.size > 0 for part in errors)
+    return (np.concatenate(errors), np.concatenate(spreads), count) if count else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ class Faulty(EMT):
     def calculate(self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
         with Path(self.log).open("a") as stream:
             stream.write(f"{len(atoms)} {np.round(atoms.positions, 6).tolist()}\n")
+        if Path(f"{self.log}.broken").exists():
+            raise RuntimeError("no such program")
         n = 0 if self.healthy else len(atoms)
         if n == RAISES or (self.unlucky and round(1e6 * np.abs(atoms.positions).sum()) % self.unlucky == 0):
             raise RuntimeError("SCF not converged in 250 cycles")
         if n == HANGS:
-            time.sleep(3600)
+            program = subprocess.Popen(["sleep", "3600"])
+            Path(f"{self.log}.program").write_text(str(program.pid))
+            program.wait()
         if n == DIES:
             os.write(2, b"out of memory\n")
             os._exit(3)

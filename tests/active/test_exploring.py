@@ -66,7 +66,7 @@ def test_an_atom_that_leaves_ends_the_frames_to_pick_from(tmp_path) -> None:
         info = {**recorded(number).info}
         return Frame.from_atoms(Atoms("H2O", [[0, 0, 0], [0, 1, height], [0, 0, 1]]), info=info)
 
-    for name, heights, good in (("a", (0.5, 2.9, 4.1, 0.5), 1), ("b", (7.0, 6.0, 0.5, 0.5), 0)):
+    for name, heights, good in (("a", (0.5, 2.9, 4.1, 0.5), 1), ("b", (7.0, 6.0, 0.5, 0.5), 2)):
         run = Run(name, 300.0, 1, "k")
         (tmp_path / name).mkdir()
         with FrameStore(tmp_path / name / "md.h5", "w") as store:

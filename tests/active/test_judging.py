@@ -56,7 +56,7 @@ def test_stopping() -> None:
     assert "agree with σ and are under 0.1" in str(stop_reason([bad, good], 30, stop))
     assert "budget of 100" in str(stop_reason([bad], 100, stop))
     assert "nothing that the model is unsure of" in str(stop_reason([empty], 30, stop))
-    assert "no frame that may be labelled" in str(stop_reason([{**empty, "candidates": 0}], 30, stop))
+    assert "no new frame to label" in str(stop_reason([{**empty, "candidates": 0}], 30, stop))
     assert stop_reason([lost], 30, stop) is None
     assert "no label of the last two rounds" in str(stop_reason([lost, lost], 30, stop))
     assert "3 rounds" in str(stop_reason([bad] * 3, 30, stop))

@@ -38,6 +38,7 @@ def check_faults(tmp_path: Path, executor) -> None:
     reasons = {n: r["attempts"][0]["reason"] for n, r in zip(range(1, 8), records, strict=True)}
     assert reasons[faulty.RAISES] == "RuntimeError: SCF not converged in 250 cycles"
     assert reasons[faulty.HANGS] == "no result after 5 s"
+    assert not running(int((tmp_path / "calls.program").read_text()))  # nor does the program that the oracle had called
     assert reasons[faulty.DIES] == "the process died with status 3: out of memory"
     assert reasons[faulty.NAN] == "refused: forces not finite"
     assert reasons[faulty.HUGE].startswith("refused: a force of")

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ase import units
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from typer.testing import CliRunner
 
 from forcedrop.active import ActiveLoop, resolve_threshold
@@ -163,6 +165,12 @@ def test_cut_off_anywhere_in_the_last_round(done, tmp_path, stage: str) -> None:
     assert len(faulty.calls(folder / "calls")) == calls + {"pick": 3, "label": 1}.get(stage, 0)
 
 
+def test_verdicts_are_by_the_limits_of_now(done) -> None:
+    folder, anything = done.state.folder.parent, {"labels": 99, "z2": [0, 1e9]}
+    assert "errors on fresh labels agree" in str(loop(folder, stop=anything | {"force_rmse": 1e9}).stopped())
+    assert loop(folder, stop=anything | {"force_rmse": 1e-9}).stopped() is None
+
+
 def test_again_does_nothing_and_more_budget_goes_on(done) -> None:
     folder = done.state.folder.parent
     before = (folder / "state" / "rounds" / "003" / "model" / "model.pt").stat().st_mtime_ns
@@ -192,6 +200,14 @@ def test_the_threshold_never_rises(done) -> None:
     assert done.limits(3, model).threshold == min(before)
 
 
+def test_the_threshold_in_use_decides_where_runs_may_end(done, monkeypatch) -> None:
+    monkeypatch.setattr(module, "resolve_threshold", lambda *arguments: 1e3)
+    model = load_model(done.state.round(1) / "model" / "model.pt")
+    with pytest.raises(ValueError, match="above the threshold of flagging, got 100 and"):
+        done.limits(1, model)
+    assert done.limits(2, model).threshold < 1e3
+
+
 def test_another_oracle_and_another_loop_are_refused(done) -> None:
     folder = done.state.folder.parent
     with pytest.raises(ConfigError, match=r"holds labels of .* choose another `state`"):
@@ -219,6 +235,65 @@ def test_labels_that_fail_do_not_stop_the_loop(tmp_path) -> None:
     good = sum(row["status"] == "labelled" for row in audit)
     assert len(found.state.frames()) == 12 + good
     assert sum(int(row["failed"] or 0) for row in rows(found, "rounds.csv")) == len(failed)
+
+
+def test_what_was_broken_is_tried_again(tmp_path) -> None:
+    """An oracle that is not there ends the loop; once it is there, the same command goes on."""
+    (tmp_path / "calls.broken").touch()
+    reason = "no label of the last two rounds succeeded: see the reasons in audit.csv"
+    found = loop(tmp_path)
+    assert found.run() == reason
+    calls = len(faulty.calls(tmp_path / "calls"))
+    assert calls == sum(2 * int(row["picked"]) for row in rows(found, "rounds.csv") if row["picked"])  # one retry
+    assert found.run() == reason
+    assert len(faulty.calls(tmp_path / "calls")) == 2 * calls
+    (tmp_path / "calls.broken").unlink()
+    assert found.run() == "the budget of 19 labels is spent"
+    audit = [row for row in rows(found, "audit.csv") if row["round"] != "0"]
+    assert [row["status"] for row in audit] == ["labelled"] * 7
+    assert len(faulty.calls(tmp_path / "calls")) == 2 * calls + 7
+    assert found.run() == "the budget of 19 labels is spent"
+    assert len(faulty.calls(tmp_path / "calls")) == 2 * calls + 7
+
+
+def test_start_frames_that_failed_are_tried_again(tmp_path) -> None:
+    frames = [Frame(**{**vars(f), "energy": None, "forces": None, "stress": None}) for f in emt_frames(12)]
+    write_frames(tmp_path / "start.h5", frames)
+    wrong = {"settings": {"log": str(tmp_path / "calls"), "unlucky": 1}}
+    with pytest.raises(ValueError, match="none of the start frames has a label"):
+        loop(tmp_path, oracle=wrong, stop={"labels": 12}).run()
+    assert (
+        loop(tmp_path, stop={"labels": 12}).run() == "the budget of 12 labels is spent"
+    )  # no label was of the wrong one
+
+
+def test_exploring_anew_where_nothing_was_picked_once_settings_change(tmp_path) -> None:
+    narrow = {"pick": {"batch": 4, "check": 0, "min_distance": 1e6}, "stop": {"labels": 15}}
+    found = loop(tmp_path, **narrow)
+    assert found.run() == "exploration finds nothing that the model is unsure of"
+    explored = found.state.round(1) / "explore.json"
+    before = explored.stat().st_mtime_ns
+    assert loop(tmp_path, **narrow).run() == "exploration finds nothing that the model is unsure of"
+    assert explored.stat().st_mtime_ns == before
+    assert loop(tmp_path, stop={"labels": 15}).run() == "the budget of 15 labels is spent"
+    assert explored.stat().st_mtime_ns != before
+
+
+def test_a_committee_from_one_network(tmp_path) -> None:
+    loop(tmp_path, stop={"labels": 12}).run()
+    found = loop(tmp_path, pick={"strategy": "committee", "members": 2}, stop={"labels": 15})
+    assert found.run() == "the budget of 15 labels is spent"
+    assert {f.info["reason"] for f in found.state.frames()[12:]} == {"check", "uncertain"}
+    assert (found.state.round(1) / "model-1" / "model.pt").exists()
+
+
+def test_start_files_have_the_units_of_training(tmp_path) -> None:
+    atoms = emt_frames(1)[0].to_atoms()
+    atoms.calc = SinglePointCalculator(atoms, energy=-100.0, forces=np.zeros((len(atoms), 3)))
+    atoms.write(tmp_path / "start.xyz")
+    data = {"calibration_fraction": 0.25, "energy_unit": "kcal/mol"}
+    ready, _ = loop(tmp_path, start={"files": ["start.xyz"]}, training={"data": data})._start_frames()
+    assert ready[0].energy == pytest.approx(-100.0 * units.kcal / units.mol)
 
 
 def test_start_frames_without_labels_are_labelled(tmp_path) -> None:

@@ -141,6 +141,14 @@ def test_an_atom_that_leaves_is_trouble_and_one_that_was_alone_is_not() -> None:
                 guard()
         else:
             guard()
+    visitor = away.copy()
+    guard = Guard(Scripted(script(0.5, 1.5)), visitor, BAND, cutoff=5.0)
+    guard()
+    visitor.positions[3, 2] = 3.0
+    guard()
+    visitor.positions[3, 2] = 30.0
+    with pytest.raises(GuardStop, match="Cu3"):
+        guard()
     back = Guard(away.calc, atoms, BAND, cutoff=5.0)
     back.restore(guard_state(away), [])
     assert back.events == []

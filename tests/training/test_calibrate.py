@@ -74,7 +74,9 @@ def test_atoms_that_no_potential_can_know_do_not_calibrate(trained, beyond: floa
         atoms = atoms + Atoms("Cu", top[None] + [0, 0, beyond])
         with_one.append(graph_of(atoms, 4.0, forces=np.vstack([frame.forces, [[0.1, 0.2, 0.3]]])))
     expected = calibrate(trained, without)
-    with pytest.warns(UserWarning, match=r"6 atoms of the frames to calibrate on have no neighbour within 3.2 Å"):
+    alone = Atoms("Cu", cell=[12.0] * 3, pbc=True)
+    with_one.append(graph_of(alone, 4.0, energy=-0.3, stress=np.full(6, 0.01)))
+    with pytest.warns(UserWarning, match=r"7 atoms of the frames to calibrate on have no neighbour within 3.2 Å"):
         found = calibrate(trained, with_one)
     assert found.scales["forces"] == pytest.approx(expected.scales["forces"], rel=rel)
     assert found.quantiles["atoms"] == pytest.approx(expected.quantiles["atoms"], rel=rel)

@@ -1,0 +1,89 @@
+"""Going on with a loop that is over because something failed: what ended it is undone when it is started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from typing import Any
+
+from forcedrop.active.config import ActiveConfig
+from forcedrop.active.state import State
+
+STOPPED = "stopped.json"
+
+
+def looking(config: ActiveConfig) -> str:
+    """Return a hash of the settings that decide what an exploration finds and what is picked of it."""
+    values = config.model_dump(include={"explore", "pick"}, mode="json")
+    for section, free in (("explore", "workers"), ("pick", "batch")):
+        values[section].pop(free)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def reopen(state: State, config: ActiveConfig, last: int) -> None:
+    """Undo the end of a loop, if it was one that whoever starts it again wants to see tried again.
+
+    Rounds at the end none of whose labels succeeded are labelled again, as are start frames; a round that found nothing to
+    pick explores anew if settings of exploring or picking have changed.
+
+    Args:
+        state: the folder.
+        config: of now.
+        last: the last round that is over.
+    """
+    start, label = state.result(0, "append"), state.result(0, "label")
+    if start is None and label is not None and not label["labelled"] and not state.result(0, "pick")["ready"]:
+        _forget_failures(state, 0)
+    if not (state.folder / STOPPED).exists():
+        return
+    first = last + 1
+    while first > 1 and _all_failed(state, first - 1):
+        first -= 1
+    if first <= last:
+        _forget_rounds(state, first)
+        _forget_failures(state, first)
+    elif last > 0 and _nothing_picked(state, last) and state.result(last, "pick").get("looking") != looking(config):
+        _forget_rounds(state, last)
+        _forget_stages(state, last, "roles", "append", "judge", "label", "pick", "explore")
+        _remove(state.round(last) / "runs")
+    (state.folder / STOPPED).unlink()
+
+
+def _all_failed(state: State, number: int) -> bool:
+    pick: dict[str, Any] = state.result(number, "pick")
+    return bool(pick["picked"]) and not state.result(number, "label")["labelled"]
+
+
+def _nothing_picked(state: State, number: int) -> bool:
+    return not state.result(number, "pick")["picked"]
+
+
+def _forget_failures(state: State, number: int) -> None:
+    """Forget that labels of a round failed."""
+    _forget_stages(state, number, "roles", "append", "judge", "label")
+    for key, record in state.records(number).items():
+        if record.get("status") != "labelled":
+            (state.round(number) / "labels" / f"{key}.json").unlink()
+
+
+def _forget_stages(state: State, number: int, *stages: str) -> None:
+    """The last first: a stage that is over has those before it."""
+    for stage in stages:
+        (state.round(number) / f"{stage}.json").unlink(missing_ok=True)
+
+
+def _forget_rounds(state: State, after: int) -> None:
+    """Remove the rounds after one, the last first; what they know they can find again."""
+    for number in reversed(state.rounds()):
+        if number > after:
+            _remove(state.round(number))
+
+
+def _remove(folder: Any) -> None:
+    """Remove a folder such that a kill leaves all of it, or what ``State.clean`` removes."""
+    if folder.exists():
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        folder.rename(part)
+        shutil.rmtree(part, ignore_errors=True)
