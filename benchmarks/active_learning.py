@@ -1,7 +1,7 @@
 """Labels that a loop picks against labels at random: 3BPA with GFN2-xTB, from 30 frames at 300 K, judged at 1200 K.
 
     python benchmarks/active_learning.py prepare             # start and test frames, some ten minutes
-    python benchmarks/active_learning.py run informative 0   # or uncertain, random, committee; seeds 0, 1, 2; goes on if killed
+    python benchmarks/active_learning.py run informative 0   # or uncertain, random, limited, committee; seeds 0, 1, 2
     python benchmarks/active_learning.py judge               # table, results/active_learning.json and .png, of the loops so far
     python benchmarks/active_learning.py copper              # the periodic example, some ten minutes; results/active_copper.json
     python benchmarks/active_learning.py ethanol             # the molecular example, twice; results/active_ethanol.json
@@ -9,7 +9,7 @@
 Each strategy explores with its own models at 300, 600 and 1200 K and picks from these trajectories: ``informative`` by what is
 left of the variance over all of them, ``uncertain`` by σ of one network and distance, ``committee`` by the spread of three
 networks and distance, ``random`` at random, and on to 360 labels. All else is the same, but for a limit on σ of what is picked
-with care.
+with care; ``limited`` is random below that limit.
 Every network (32 channels, messages up to l = 1) is trained anew, the same number of steps in a round of each; a committee is
 judged by its first member. The test set is dynamics at 1200 K with GFN2-xTB itself, from other start structures and seeds.
 """
@@ -45,8 +45,8 @@ from forcedrop.training import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, EXAMPLES = ROOT / "runs" / "active_learning", ROOT / "examples" / "configs"
-STRATEGIES, SEEDS = ("informative", "uncertain", "random", "committee"), (0, 1, 2)
-COLOURS = ("#2c6fbb", "#3a9a5b", "#888888", "#c0392b")
+STRATEGIES, SEEDS = ("informative", "uncertain", "random", "committee", "limited"), (0, 1, 2)
+COLOURS = ("#2c6fbb", "#3a9a5b", "#888888", "#c0392b", "#c9a227")
 START, BATCHES, LONGER = 30, [20, 30, 40, 80], 160
 """Labels at the start and of every round; random goes on by another round, to be compared with picks at 120 labels."""
 STEPS = [1000, 1000, 1000, 1000, 2000, 3600]
@@ -164,7 +164,10 @@ def settings(strategy: str, seed: int) -> dict[str, Any]:
             "temperatures": [300, 600, 1200], "starts": 3, "steps": 1000, "timestep": 1.0, "record_every": 20,
             "quantile": 0.0, "stop_above": 4.0,
         },
-        "pick": {"batch": batches, "strategy": strategy, "most_sigma": FREE if strategy == "random" else CREDIBLE},
+        "pick": {
+            "batch": batches, "strategy": "random" if strategy == "limited" else strategy,
+            "most_sigma": FREE if strategy == "random" else CREDIBLE,
+        },
         "label": {"timeout": 120, "largest_force": 30.0},
         "stop": {"labels": START + sum(batches)},
         "seed": seed,
@@ -385,10 +388,17 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
             line = [(r["labels"], r["force_rmse_meV_A"]) for r in own if r["seed"] == seed]
             axes.plot(*zip(*line, strict=True), "-", lw=0.7, color=colour, alpha=0.5)
         if curve := mean_curve(own):
-            axes.plot(*zip(*curve, strict=True), "o-", color=colour, label=strategy)
+            axes.plot(
+                *zip(*curve, strict=True),
+                "o-",
+                color=colour,
+                label="random below the limit of σ" if strategy == "limited" else strategy,
+            )
     axes.set(xscale="log", yscale="log", xlabel="labels", ylabel="force RMSE at 1200 K [meV/Å]")
     ticks = np.cumsum([START, *BATCHES, LONGER]).tolist()
     axes.set_xticks(ticks, [str(t) for t in ticks])
+    errors = (80, 100, 150, 200, 300)
+    axes.set_yticks(errors, [str(e) for e in errors])
     axes.minorticks_off()
     axes.legend()
     return drawing
