@@ -46,6 +46,7 @@ from forcedrop.training import load_model
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, EXAMPLES = ROOT / "runs" / "active_learning", ROOT / "examples" / "configs"
 STRATEGIES, SEEDS = ("informative", "uncertain", "random", "committee", "limited"), (0, 1, 2)
+NAMES = {"limited": "random below the limit"}
 COLOURS = ("#2c6fbb", "#3a9a5b", "#888888", "#c0392b", "#c9a227")
 START, BATCHES, LONGER = 30, [20, 30, 40, 80], 160
 """Labels at the start and of every round; random goes on by another round, to be compared with picks at 120 labels."""
@@ -392,7 +393,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
                 *zip(*curve, strict=True),
                 "o-",
                 color=colour,
-                label="random below the limit of σ" if strategy == "limited" else strategy,
+                label=NAMES.get(strategy, strategy)),
             )
     axes.set(xscale="log", yscale="log", xlabel="labels", ylabel="force RMSE at 1200 K [meV/Å]")
     ticks = np.cumsum([START, *BATCHES, LONGER]).tolist()
