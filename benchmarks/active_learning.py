@@ -389,12 +389,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
             line = [(r["labels"], r["force_rmse_meV_A"]) for r in own if r["seed"] == seed]
             axes.plot(*zip(*line, strict=True), "-", lw=0.7, color=colour, alpha=0.5)
         if curve := mean_curve(own):
-            axes.plot(
-                *zip(*curve, strict=True),
-                "o-",
-                color=colour,
-                label=NAMES.get(strategy, strategy)),
-            )
+            axes.plot(*zip(*curve, strict=True), "o-", color=colour, label=NAMES.get(strategy, strategy))
     axes.set(xscale="log", yscale="log", xlabel="labels", ylabel="force RMSE at 1200 K [meV/Å]")
     ticks = np.cumsum([START, *BATCHES, LONGER]).tolist()
     axes.set_xticks(ticks, [str(t) for t in ticks])
