@@ -198,9 +198,10 @@ class ActiveLearning(Kind):
                 if judged and starts:
                     blocks.append(Text(f"The {starts} start frames, which no model had judged, are left out."))
                 found.append(Section("Labelled structures", [*blocks, Plain(describe_frames(frames))]))
-        settings = _json(folder / "loop.json")
-        if (folder / "config.yaml").is_file():
-            settings |= yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        config = folder / "config.yaml"
+        settings = (
+            yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else _json(folder / "loop.json")
+        )
         return [*found, Section("Settings", [Settings(settings)])] if settings else found
 
 
