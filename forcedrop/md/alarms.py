@@ -19,7 +19,7 @@ to the largest fifth, at most 100 of them, by probability-weighted moments (Hosk
 shape is kept in [0, ½]: from so few frames neither an end of the tail nor an infinite variance is believed. For levels that one
 frame in 100, 1000 or 10⁴ exceeds, nine of ten trials with log-normal σ had at most 3, 4 or 7 times the stated alarms with 50
 frames, 1.4, 1.8 or 2.5 times with 400 (and often far fewer). What was done is said in ``Band.note``. Of levels that fewer
-than one frame in 20 N exceeds a warning says that they are guesses: on ethanol (``benchmarks/guarded_md.py``) one was passed 50
+than one frame in 20 N exceeds a warning says that they are guesses: on ethanol (``benchmarks/guarded_md.py``) one was passed 40
 times as often as it should have been.
 """
 
