@@ -291,7 +291,7 @@ class ActiveLoop:
         most = credible(known, limits.threshold) if most is None else most
         seen = before_high(seen, most)
         candidates = [s for key, s in {frame_key(s.frame): s for s in seen}.items() if key not in tried]
-        n_candidates, n_flagged = len(candidates), sum(s.sigma > limits.threshold for s in candidates)
+        n_candidates, n_flagged = len(candidates), int(sum(s.sigma > limits.threshold for s in candidates))
         if self.config.pick.strategy == "informative" and n_candidates > MOST:
             order = np.random.default_rng([self.config.seed, number, 3]).permutation(n_candidates)
             flagged_first = sorted(order, key=lambda k: candidates[k].sigma <= limits.threshold)
@@ -313,7 +313,7 @@ class ActiveLoop:
             n_flagged = int(pool.flagged.sum())
         values: dict[str, Any] = {
             "candidates": n_candidates,
-            "flagged": int(n_flagged),
+            "flagged": n_flagged,
             "picked": len(frames),
             "most_sigma": most,
             "looking": looking(self.config),

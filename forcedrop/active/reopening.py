@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from forcedrop.active.config import ActiveConfig
@@ -44,7 +46,7 @@ def reopen(state: State, config: ActiveConfig, last: int) -> None:
     if first <= last:
         _forget_rounds(state, first)
         _forget_failures(state, first)
-    elif last > 0 and _nothing_picked(state, last) and state.result(last, "pick").get("looking") != looking(config):
+    elif last > 0 and _looked_otherwise(state.result(last, "pick"), config):
         _forget_rounds(state, last)
         _forget_stages(state, last, "roles", "append", "judge", "label", "pick", "explore")
         _remove(state.round(last) / "runs")
@@ -52,12 +54,12 @@ def reopen(state: State, config: ActiveConfig, last: int) -> None:
 
 
 def _all_failed(state: State, number: int) -> bool:
-    pick: dict[str, Any] = state.result(number, "pick")
-    return bool(pick["picked"]) and not state.result(number, "label")["labelled"]
+    return bool(state.result(number, "pick")["picked"]) and not state.result(number, "label")["labelled"]
 
 
-def _nothing_picked(state: State, number: int) -> bool:
-    return not state.result(number, "pick")["picked"]
+def _looked_otherwise(pick: Mapping[str, Any], config: ActiveConfig) -> bool:
+    """Return whether nothing was picked, by other settings than those of now."""
+    return not pick["picked"] and pick.get("looking") != looking(config)
 
 
 def _forget_failures(state: State, number: int) -> None:
@@ -81,7 +83,7 @@ def _forget_rounds(state: State, after: int) -> None:
             _remove(state.round(number))
 
 
-def _remove(folder: Any) -> None:
+def _remove(folder: Path) -> None:
     """Remove a folder such that a kill leaves all of it, or what ``State.clean`` removes."""
     if folder.exists():
         part = folder.with_name(f".{folder.name}.{os.getpid()}.part")

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
-import threading
 import time
 from typing import Any, BinaryIO
 
 from forcedrop.active.oracles import compute
+from forcedrop.active.processes import leave_with
 
 READY = "ready"
-WATCH_SECONDS = 0.2
 
 
 def main() -> None:
     """Answer until there is nobody to answer to."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a calculator prints must not mix with the answers
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    leave_with(os.getppid())
     _answer(answers, READY)
     while True:
         try:
@@ -42,14 +40,6 @@ def main() -> None:
 def _answer(stream: BinaryIO, answer: Any) -> None:
     pickle.dump(answer, stream)
     stream.flush()
-
-
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH_SECONDS)
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)  # what the oracle has started goes, too
-    os._exit(1)
 
 
 if __name__ == "__main__":
