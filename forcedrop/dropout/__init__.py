@@ -13,6 +13,7 @@ from forcedrop.dropout.attention import (
 from forcedrop.dropout.banks import MaskBankDropout, mask_bank_dropout, masksembles_masks, overlap
 from forcedrop.dropout.cells import RecurrentMasks, gru_cell, lstm_cell
 from forcedrop.dropout.concrete import ConcreteDropout, concrete_dropout
+from forcedrop.dropout.cuts import EdgeCutDropout, edge_cut_dropout
 from forcedrop.dropout.elementwise import (
     ClassicDropout,
     Dropout,
@@ -21,7 +22,14 @@ from forcedrop.dropout.elementwise import (
     dropout,
     gaussian_dropout,
 )
-from forcedrop.dropout.equivariant import IrrepsDropout, TensorDropout, irreps_dropout, tensor_dropout
+from forcedrop.dropout.equivariant import (
+    IrrepsDropout,
+    SphericalDropout,
+    TensorDropout,
+    irreps_dropout,
+    tensor_dropout,
+)
+from forcedrop.dropout.exact import ExactDropout, exact_masks, exact_weights
 from forcedrop.dropout.freeze import dropout_sites, frozen
 from forcedrop.dropout.function import FunctionSample
 from forcedrop.dropout.graphs import (
@@ -65,7 +73,9 @@ __all__ = [
     "DropoutGRU",
     "DropoutLSTM",
     "DropoutSite",
+    "EdgeCutDropout",
     "EdgeDropout",
+    "ExactDropout",
     "FunctionSample",
     "GaussianDropout",
     "IrrepsDropout",
@@ -75,6 +85,7 @@ __all__ = [
     "NodeDropout",
     "NodeFeatureDropout",
     "RecurrentMasks",
+    "SphericalDropout",
     "TensorDropout",
     "ValueDropout",
     "Zoneout",
@@ -91,9 +102,12 @@ __all__ = [
     "dropout_kaiming_normal_",
     "dropout_kaiming_uniform_",
     "dropout_sites",
+    "edge_cut_dropout",
     "edge_dropout",
     "edge_identity",
     "edge_mask",
+    "exact_masks",
+    "exact_weights",
     "feature_mask",
     "frozen",
     "gaussian_dropout",

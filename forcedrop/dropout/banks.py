@@ -158,7 +158,7 @@ class MaskBankDropout(DropoutSite):
         self.chunks = chunks
 
     def choice(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return the number of the mask for each entry of a batch, shape (batch,), or (1,) for a frozen function sample.
+        """Return the number of the mask for each entry of a batch, shape (batch,), or (1,) for a frozen function.
 
         Raises:
             ValueError: if masks go by place and the batch has fewer entries than the bank has masks: some would never
@@ -166,7 +166,7 @@ class MaskBankDropout(DropoutSite):
         """
         n, device = self.bank.shape[0], self.bank.device
         if self._function is not None:
-            return torch.as_tensor(self._function.sample, dtype=torch.int64, device=device).reshape(1) % n
+            return torch.as_tensor(self._function.sample, dtype=torch.int64, device=device).reshape(-1) % n
         if not self.chunks:
             return torch.randint(n, (batch,), generator=generator, device=device)
         if batch < n:

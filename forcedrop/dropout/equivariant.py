@@ -1,8 +1,9 @@
 r"""Dropout of equivariant features: a channel's tensor lives or dies as a whole, and rotations commute.
 
-Two layouts: spherical, the components of many irreducible tensors one after another on the last axis, as e3nn has them
-(:class:`IrrepsDropout`); and one tensor per channel with its components on trailing axes of their own, Cartesian (…, C,
-3, 3) or spherical (…, C, 2l+1) (:class:`TensorDropout`).
+Three layouts: spherical, the components of many irreducible tensors one after another on the last axis, as e3nn has them
+(:class:`IrrepsDropout`); one tensor per channel with its components on trailing axes of their own, Cartesian (…, C,
+3, 3) or spherical (…, C, 2l+1) (:class:`TensorDropout`); and spherical ones up to some l with the components first,
+((L+1)², rows, C) (:class:`SphericalDropout`).
 """
 
 from __future__ import annotations
@@ -192,6 +193,101 @@ class TensorDropout(_ChannelSite):
     def extra_repr(self) -> str:
         """Say the settings."""
         return f"rank={self.rank}, p={self.p}, shared={self.shared}"
+
+
+class SphericalDropout(DropoutSite):
+    r"""Inverted dropout of spherical tensors with components first: input ((L+1)², rows, C), each l's 2l+1 after those of l − 1.
+
+    One bit per channel and l, for all rows alike, also in fresh draws; functions by row have a mask each. Scalars may be masked
+    about a centre c of each row's kind, such as an atom's element, :math:`x \to x + (m - 1)(x - c)`: about 0 a dropped channel
+    would shift all rows of a kind alike, and with them a sum over rows by far more than a mask is meant to.
+
+    Args:
+        l_max: L, the highest l.
+        channels: C.
+        p: the rate, in [0, 1).
+        kinds: of rows, each with a centre of its own for its scalars (0 until :meth:`centre_on` finds it); 0 masks about 0.
+
+    Raises:
+        ValueError: if ``p`` is not in [0, 1), or ``l_max``, ``channels`` or ``kinds`` is negative.
+    """
+
+    degree: Tensor
+    centre: Tensor | None
+
+    def __init__(self, l_max: int, channels: int, p: float = 0.5, *, kinds: int = 0) -> None:
+        super().__init__(p)
+        if min(l_max, channels, kinds) < 0:
+            raise ValueError(f"`l_max`, `channels` and `kinds` must not be negative, got {l_max}, {channels}, {kinds}")
+        self.l_max, self.channels = l_max, channels
+        degree = torch.repeat_interleave(torch.arange(l_max + 1), 2 * torch.arange(l_max + 1) + 1)
+        self.register_buffer("degree", degree, persistent=False)
+        self.register_buffer("centre", torch.zeros(kinds, channels) if kinds else None)
+
+    def mask(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return a mask of values 0 and 1/(1−p), shape ((L+1)², 1 or rows, C).
+
+        Raises:
+            TypeError: if ``x`` is not floating point.
+            ValueError: if it does not have the layer's shape.
+        """
+        self._check(x)
+        degrees = self.l_max + 1
+        keep = self.keep(x, (1, degrees * self.channels), generator).unflatten(1, (degrees, self.channels))
+        return inverted(keep, self.p, x.dtype).transpose(0, 1).index_select(0, self.degree)
+
+    def forward(
+        self,
+        x: Tensor,
+        kind: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Drop channels of ``x``, shape ((L+1)², rows, C).
+
+        Args:
+            x: the input.
+            kind: of each row, one-hot, shape (rows, kinds); needed if there are centres.
+            mask: to be used as it is.
+            generator: for a fresh draw.
+
+        Raises:
+            TypeError: if ``x`` is not floating point.
+            ValueError: if it does not have the layer's shape, or kinds are missing.
+        """
+        self._check(x)
+        if mask is None:
+            if not self.active:
+                return x
+            mask = self.mask(x, generator)
+        if self.centre is None:
+            return x * mask
+        if kind is None:
+            raise ValueError("SphericalDropout with centres needs the kind of each row")
+        scalars = x[:1] + (mask[:1] - 1) * (x[:1] - kind @ self.centre)
+        return torch.cat([scalars, x[1:] * mask[1:]])
+
+    def centre_on(self, x: Tensor, kind: Tensor) -> None:
+        """Take the mean scalars of each kind's rows as its centre; kinds without rows keep theirs.
+
+        Raises:
+            ValueError: if the layer has no centres.
+        """
+        if self.centre is None:
+            raise ValueError("this SphericalDropout has no centres: it was made with kinds=0")
+        count = kind.sum(0)[:, None]
+        self.centre.copy_(torch.where(count > 0, kind.T @ x[0] / count.clamp(min=1), self.centre))
+
+    def _check(self, x: Tensor) -> None:
+        check_floating(x, "SphericalDropout")
+        if x.dim() != 3 or x.shape[0] != (self.l_max + 1) ** 2 or x.shape[2] != self.channels:
+            wanted = f"({(self.l_max + 1) ** 2}, rows, {self.channels})"
+            raise ValueError(f"SphericalDropout needs an input of shape {wanted}, got {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        """Say the settings."""
+        kinds = 0 if self.centre is None else len(self.centre)
+        return f"l_max={self.l_max}, {self.channels}, p={self.p}, kinds={kinds}"
 
 
 def irreps_dropout(

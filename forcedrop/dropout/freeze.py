@@ -48,7 +48,9 @@ def frozen(model: nn.Module, seed: int = 0, sample: int | Tensor = 0) -> Iterato
     Args:
         model: the network; changed for as long as the context lasts.
         seed: the user's seed.
-        sample: the sample's index; an int, or an int64 tensor without axes (which ``torch.func.vmap`` may run over).
+        sample: the sample's index; an int, or an int64 tensor without axes (which ``torch.func.vmap`` may run over). Or one of
+            shape (n,): each of the n rows of a batch is a function of its own, row i that of index ``sample[i]``. Give the atoms
+            or nodes of one structure the same index; layers whose first axis is not the batch cannot do this.
 
     Yields:
         ``model`` itself.
@@ -210,6 +212,10 @@ def _seeded(module: nn.Module, function: FunctionSample, site: str, calls: _Call
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if function.by_row:
+            raise ValueError(
+                f"{site or type(module).__name__} drops inside: it cannot be another function for every row"
+            )
         high, low = function.bits(calls.name(site), torch.arange(2)).tolist()
         tensors = [*module.parameters(), *(arg for arg in args if isinstance(arg, Tensor))]
         devices = {tensor.device for tensor in tensors}

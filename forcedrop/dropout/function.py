@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.masks import UNIFORM_BITS, kept, random_bits, site_key
+from forcedrop.dropout.masks import UNIFORM_BITS, kept, random_bits, row_bits, site_key
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,38 @@ class FunctionSample:
 
     Attributes:
         seed: the user's seed.
-        sample: the sample's index; an int, or an int64 tensor without axes (which ``torch.func.vmap`` may run over).
+        sample: the sample's index: an int, or an int64 tensor without axes (which ``torch.func.vmap`` may run over); or one of
+            shape (n,), a function for each of the n rows of a batch.
     """
 
     seed: int
     sample: int | Tensor
 
+    @property
+    def by_row(self) -> bool:
+        """Whether every row of a batch has a function of its own."""
+        return isinstance(self.sample, Tensor) and self.sample.dim() == 1
+
     def bits(self, site: str, units: Tensor) -> Tensor:
-        """Return uniform integers in [0, 2³¹), of the shape of ``units`` (int64), one for each identity in it."""
+        """Return uniform integers in [0, 2³¹), one for each identity in ``units`` (int64), and of its shape.
+
+        Where every row has its own function, ``units`` has the n rows on its first axis, or 1 that stands for each of them.
+
+        Raises:
+            ValueError: if there is another number of rows.
+        """
         sample = torch.as_tensor(self.sample, dtype=torch.int64, device=units.device)
-        return random_bits(site_key(self.seed, site), sample.reshape(1), units.reshape(-1))[0].reshape(units.shape)
+        if not self.by_row:
+            return random_bits(site_key(self.seed, site), sample.reshape(1), units.reshape(-1))[0].reshape(units.shape)
+        # not `in (1, len(sample))`, which would fix the number of rows for whoever traces this
+        if units.dim() == 0 or (units.shape[0] != 1 and units.shape[0] != sample.shape[0]):
+            raise ValueError(f"{len(sample)} functions, one a row, do not fit a mask of shape {tuple(units.shape)}")
+        return row_bits(site_key(self.seed, site), sample, units)
 
     def uniform(self, site: str, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return uniform numbers in (0, 1): the centres of 2³¹ equal intervals, so never 0 and never 1 in float64."""
-        units = torch.arange(math.prod(shape), device=device)
-        bits = self.bits(site, units).to(torch.float64)
-        return ((bits + 0.5) * 2.0**-UNIFORM_BITS).to(dtype).reshape(tuple(shape))
+        bits = self.bits(site, _units(shape, device)).to(torch.float64)
+        return ((bits + 0.5) * 2.0**-UNIFORM_BITS).to(dtype)
 
     def keep(self, site: str, p: float, shape: Sequence[int], *, device: torch.device) -> Tensor:
         """Return which units are kept, boolean; each is dropped with probability ``p``.
@@ -41,10 +57,14 @@ class FunctionSample:
         Raises:
             ValueError: if ``p`` is not in [0, 1).
         """
-        units = torch.arange(math.prod(shape), device=device)
-        return kept(self.bits(site, units), p).reshape(tuple(shape))
+        return kept(self.bits(site, _units(shape, device)), p)
 
     def normal(self, site: str, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return standard normal numbers, by the inverse of the error function."""
         u = self.uniform(site, shape, dtype=torch.float64, device=device)
         return (math.sqrt(2.0) * torch.erfinv(2 * u - 1)).to(dtype)
+
+
+def _units(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return a number for every entry of a shape."""
+    return torch.arange(math.prod(shape), device=device).reshape(tuple(shape))

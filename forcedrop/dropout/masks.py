@@ -68,6 +68,15 @@ def random_bits(key: int, samples: Tensor, units: Tensor) -> Tensor:
     return _shift_right(mix(per_sample[:, None] ^ mix(units)[None, :]), 64 - UNIFORM_BITS)
 
 
+def row_bits(key: int, samples: Tensor, units: Tensor) -> Tensor:
+    r"""Return uniform integers in [0, 2³¹) where row i belongs to sample i: shape (n, …), for samples (n,) and units (1 or n, …).
+
+    Row i is that of :func:`random_bits` for sample i.
+    """
+    per_row = mix(mix(samples) ^ key).reshape(-1, *[1] * (units.dim() - 1))
+    return _shift_right(mix(per_row ^ mix(units)), 64 - UNIFORM_BITS)
+
+
 def kept(bits: Tensor, p: float) -> Tensor:
     """Turn uniform integers into which units are kept, boolean; each is dropped with probability ``p``.
 

@@ -66,8 +66,8 @@ def mc_samples(
 
     Raises:
         ValueError: if there is no dropout layer, if all rates are 0, if no dropout layer is reached by the forward pass (all
-            samples would be equal: that is no error bar), if ``n`` or ``chunk`` is not positive, or if ``vectorised=True`` and
-            a module drops inside.
+            samples would be equal: that is no error bar), if a layer has fewer than ``n`` functions (``ExactDropout``), if ``n``
+            or ``chunk`` is not positive, or if ``vectorised=True`` and a module drops inside.
         TypeError: if the output contains anything else than tensors.
     """
     if n < 1:
@@ -75,6 +75,9 @@ def mc_samples(
     if chunk is not None and chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {chunk}")
     sites = _active_sites(model)
+    for site in sites.values():
+        if isinstance(site, DropoutSite):
+            site.check_samples(n)
     run = _Run(model, sites, inputs, seed, n)
     with evaluation_mode(model):
         outputs = run.loop() if vectorised is False else _vectorised_or_not(run, chunk, must=bool(vectorised))

@@ -62,6 +62,9 @@ class DropoutSite(nn.Module):
         """Whether a call without a mask would drop anything."""
         return (self.training or self._function is not None) and self.p > 0
 
+    def check_samples(self, n: int) -> None:
+        """Refuse ``n`` function samples if the site has fewer; most have any number."""
+
     def keep(
         self,
         x: Tensor,

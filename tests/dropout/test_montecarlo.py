@@ -313,6 +313,7 @@ class First(nn.Module):
         (layers.Zoneout(0.4), [(2, 5), (2, 5)]),
         (layers.ConcreteDropout(), [(2, 5)]),
         (layers.MaskBankDropout(5), [(2, 5)]),
+        (layers.ExactDropout(5).double(), [(2, 5)]),
         (layers.AttentionDropout(0.4), [(2, 5, 5)]),
         (layers.NodeDropout(0.4), [(5, 3)]),
         (First(layers.DropoutLSTM(3, 4, p_input=0.3, p_state=0.3, p_update=0.3, p_weight=0.3)), [(5, 2, 3)]),

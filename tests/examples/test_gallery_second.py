@@ -1,4 +1,4 @@
-"""Examples 06 to 09: each runs in fast mode, saves its figure, and its numbers obey the law that it is about."""
+"""Examples 06 to 10: each runs in fast mode, saves its figure, and its numbers obey the law that it is about."""
 
 import math
 from pathlib import Path
@@ -55,3 +55,19 @@ def test_where_in_sequences(tmp_path: Path) -> None:
         plain = train.pop(f"{network}, none, train")
         # whatever is dropped, the training text is fitted less well
         assert plain < min(train.values())
+
+
+def test_exact_dropout(tmp_path: Path) -> None:
+    found = numbers("10_exact_dropout", tmp_path)
+    usual, exact, ensemble = "Monte-Carlo dropout", "exact dropout", "deep ensemble"
+    growth = {m: found[f"{m}, in the gap, sigma"] / found[f"{m}, at data, sigma"] for m in (usual, exact, ensemble)}
+    assert growth[usual] < 1.5 < 3 < min(growth[exact], growth[ensemble])
+    assert found[f"{usual}, in the gap, coverage"] < 0.5 < found[f"{exact} with draws, in the gap, coverage"]
+    # the functions fit the data, each of them: to within their noise of 0.1
+    assert found[f"{exact}, at data, sigma"] < 0.05 < found[f"{usual}, at data, sigma"]
+    # independent noise widens a mask's spread, and moves the mean nowhere
+    for region in ("at data", "in the gap", "outside"):
+        assert found[f"{exact} with draws, {region}, sigma"] > found[f"{exact}, {region}, sigma"]
+        assert found[f"{exact} with draws, {region}, error"] == pytest.approx(
+            found[f"{exact}, {region}, error"], rel=1e-3
+        )
