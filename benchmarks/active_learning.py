@@ -39,9 +39,9 @@ from forcedrop.active import ActiveLoop, load_active_config
 from forcedrop.active.audit import round_rows
 from forcedrop.active.config import ActiveConfig, parse_active_config
 from forcedrop.evaluation import evaluate
+from forcedrop.model import load_model
 from forcedrop.report import active_figure, rounds_table, save_figure
 from forcedrop.structures import Frame, read_frames, write_frames
-from forcedrop.training import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, EXAMPLES = ROOT / "runs" / "active_learning", ROOT / "examples" / "configs"

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --data FILE    # extended XYZ of 3BPA
 
 Networks of the default shape with random weights; calls go through the ASE calculator, atoms moved a little each time, medians
-after three calls. Every part is written as it ends: ``results/gpu.json``.
+after three calls; samples are functions of a bank. Every part is written as it ends: ``results/gpu.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--cpu", action="store_true", help="on the CPU instead, to try the script")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU instead, to try the script: writes nothing")
     parser.add_argument(
         "--no-compile", action="store_true", help="without the compiled steps, which take minutes to compile"
     )
@@ -47,7 +47,8 @@ def main() -> None:
     def note(part: str, row: dict[str, Any]) -> None:
         print(part, row, flush=True)
         results[part].append(row)
-        write_results("gpu", results)
+        if not arguments.cpu:
+            write_results("gpu", results)
 
     for name, repeat in [("3BPA", 1), *(("silicon", n) for n in sizes)]:
         note("calls", calls(name, repeat, device, arguments.data))
@@ -95,8 +96,8 @@ def precision(device: str) -> dict[str, float]:
     """Return the largest difference of forces [eV/Å] of the shipped ethanol model: float32 there, float64 on the CPU."""
     from forcedrop.derive import derive
     from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
+    from forcedrop.model import load_model
     from forcedrop.structures import read_frames
-    from forcedrop.training import load_model
 
     folder = Path(__file__).resolve().parent.parent / "data"
     fast, exact = (load_model(folder / "ethanol.pt").potential for _ in range(2))
@@ -104,7 +105,7 @@ def precision(device: str) -> dict[str, float]:
     worst = 0.0
     for frame in read_frames(folder / "ethanol_600K.h5")[:20]:
         small, large = (
-            batch_graphs([build_graph(frame, NeighbourFinder(fast.config.cutoff), dtype)])
+            batch_graphs([build_graph(frame, NeighbourFinder(fast.cutoff), dtype)])
             for dtype in (torch.float32, torch.float64)
         )
         found = derive(fast, small.to(device)).forces.cpu()

@@ -21,8 +21,8 @@ from ase.neighborlist import build_neighbor_list, natural_cutoffs
 from common import environment, read_results, write_results
 from race import ROOT, RUNS, plain_residuals
 
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame, read_frames, write_frames
-from forcedrop.training import TrainedModel, load_model
 
 N_FRAMES, SEED = 400, 5
 NEAR, FAR, LARGEST = 1.7, 2.6, 12.0

@@ -4,7 +4,7 @@
 
 Velocity Verlet through ASE, 3BPA (27 atoms), 20 steps a measurement. ``network alone``: energy and forces of a graph that is
 already there, 20 times; what a step costs beyond that is ASE, the adapter and the neighbour list. Networks of the default
-shape, 16 samples; MACE: 64 channels, L = 0, one model, and five in its own calculator. Medians over rounds in which the
+shape, 16 samples of a bank; MACE: 64 channels, L = 0, one model, and five in its own calculator. Medians over rounds in which the
 programs take turns; writes ``results/md_step.json`` and ``md_step.png``.
 """
 
@@ -25,11 +25,11 @@ def main() -> None:
     """Let the workers take turns, compare, write."""
     arguments = options(__doc__, DATA, WORKERS).parse_args()
     if arguments.worker:
-        serve(WORKERS[arguments.worker](arguments.data), arguments.threads, calls=2)
+        serve(WORKERS[arguments.worker](arguments.data), arguments.threads, calls=1 if arguments.quick else 2)
         return
     median = {
         k: v / STEPS
-        for rows in take_turns(commands(__file__, WORKERS, arguments), arguments.rounds).values()
+        for rows in take_turns(commands(__file__, WORKERS, arguments), arguments).values()
         for k, v in rows.items()
     }
     plain = median["no σ"]
@@ -40,6 +40,8 @@ def main() -> None:
     print(table(rows))
     share = round(1 - median["network alone"] / plain, 3)
     print(f"beyond the network: {share:.1%} of a step without σ")
+    if arguments.quick:
+        return
     from common import environment, write_results
 
     about = environment(0) | {"threads": arguments.threads, "rounds": arguments.rounds}
@@ -59,9 +61,7 @@ def forcedrop_worker(data: Path) -> Measured:
     for what, every in (("no σ", NEVER), ("σ at every 10th step", 10), ("σ at every step", 1)):
         made[what] = dynamics(structure("3BPA", data), calculator("3BPA", uncertainty_every=every))
     potential = calculator("3BPA").potential
-    graph = build_graph(
-        Frame.from_atoms(structure("3BPA", data)), NeighbourFinder(potential.config.cutoff), torch.float32
-    )
+    graph = build_graph(Frame.from_atoms(structure("3BPA", data)), NeighbourFinder(potential.cutoff), torch.float32)
     batch = batch_graphs([graph])
     made["network alone"] = lambda: [derive(potential, batch) for _ in range(STEPS)]
     return made

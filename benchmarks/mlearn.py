@@ -5,8 +5,9 @@
     python benchmarks/mlearn.py test Cu       # once, at the very end: adds to results/mlearn.json
     python benchmarks/mlearn.py carry Si      # then: σ calibrated on bulk frames alone, judged on surfaces and vacancies
 
-Mean absolute errors of energy [meV/atom] and force components [eV/Å], of the Monte-Carlo mean and of the plain (weight-scaled)
-pass, beside published ones. The data are not part of the project; ``--data`` says where they are. Trainings resume.
+Mean absolute errors of energy [meV/atom] and force components [eV/Å], of the mean over the functions and of the plain network
+(the same for exact dropout), beside published ones. The data are not part of the project; ``--data`` says where they are.
+Trainings resume.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from race import graphs_of
 
 from forcedrop.evaluation import evaluate, predict_frames
 from forcedrop.metrics import mean_z2
+from forcedrop.model import load_model
 from forcedrop.structures import read_frames
-from forcedrop.training import TrainConfig, calibrate, load_config, load_model, parse_config, train
+from forcedrop.training import TrainConfig, load_config, parse_config, train
+from forcedrop.uncertainty.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
@@ -114,7 +117,7 @@ def carry(element: str, config: TrainConfig, data: Path) -> None:
         )
     bulk = [f for f in frames if f.info["config_type"] in BULK]
     others = [f for f in [*frames, *read_frames(data / f"{element}_test.xyz")] if f.info["config_type"] not in BULK]
-    model.calibration = calibrate(model, graphs_of(model, bulk))
+    model.calibration = calibrate(model.potential, graphs_of(model, bulk))
     row: dict[str, Any] = {"calibration_frames": len(bulk), "calibration": model.calibration.sentence()}
     for name in sorted({f.info["config_type"] for f in others}):
         chosen = [f for f in others if f.info["config_type"] == name]

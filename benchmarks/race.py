@@ -3,7 +3,7 @@
     python benchmarks/race.py split                                  # once
     python benchmarks/race.py mace --program PATH/mace_run_train     # of an environment of its own with mace-torch
     python benchmarks/race.py forcedrop plain                        # the recipe as shipped
-    python benchmarks/race.py forcedrop dropout                      # with masks: update 0.1, readout 0.3
+    python benchmarks/race.py forcedrop dropout                      # with trained masks: update 0.1, readout 0.3
     python benchmarks/race.py forcedrop no_decay                     # without weight decay: see holes.py
     python benchmarks/race.py collect                                # table, plot, results/race.json
     python benchmarks/race.py test                                   # once, at the very end: the published test sets
@@ -38,9 +38,10 @@ from forcedrop.derive import derive
 from forcedrop.evaluation import evaluate
 from forcedrop.graph import AtomicGraph, NeighbourFinder, batch_graphs, build_graph
 from forcedrop.metrics import rmse
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame, LabelKeys, read_frames
-from forcedrop.training import TrainConfig, TrainedModel, load_config, load_model, parse_config, train
-from forcedrop.training.calibrate import calibrate
+from forcedrop.training import TrainConfig, load_config, parse_config, train
+from forcedrop.uncertainty.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "race"
@@ -138,7 +139,7 @@ def race_config(kind: str, data: Path) -> TrainConfig:
         "forces_key": "REF_forces",
     }
     if kind == "dropout":
-        recipe |= {"dropout": DROPOUT, "posterior": {"frames": 0}}
+        recipe |= {"dropout": DROPOUT, "uncertainty": {"method": "masks"}}
     if kind == "no_decay":
         recipe |= {"optimiser": {"weight_decay": 0.0}}
     return parse_config({**recipe, "output": str(RUNS / kind), "seed": SEED})
@@ -212,7 +213,7 @@ def _log(kind: str) -> Path:
 
 
 def test(data: Path, kinds: list[str]) -> None:
-    """Add the errors of trainings on the published test sets, and how honest σ is; without dropout on every fourth frame.
+    """Add the errors of trainings on the published test sets, and how honest σ is; without masks on every fourth frame.
 
     σ is calibrated here on the 50 validation frames, the only ones that are left.
     """
@@ -222,13 +223,13 @@ def test(data: Path, kinds: list[str]) -> None:
         if not path.exists():
             continue
         model = load_model(path)
-        if model.potential.has_samples:
+        if model.n_functions != 0:
             held = read_frames(RUNS / "validation.xyz", keys=LabelKeys(energy="REF_energy", forces="REF_forces"))
-            model.calibration = calibrate(model, graphs_of(model, held))
+            model.calibration = calibrate(model.potential, graphs_of(model, held), seed=model.seed)
         for temperature in ("300", "600"):
             frames = read_frames(data / f"test_{temperature}K.xyz")
             row: dict[str, Any] = sampled_errors(model, frames) if kind == "dropout" else plain_errors(model, frames)
-            if model.potential.posterior is not None:
+            if model.potential.centred:
                 row["sigma"] = sampled_errors(model, frames[::4])
             print(kind, temperature, "K:", row)
             results.setdefault("test", {}).setdefault(kind, {})[f"{temperature} K"] = row
@@ -237,12 +238,12 @@ def test(data: Path, kinds: list[str]) -> None:
 
 def graphs_of(model: TrainedModel, frames: list[Frame]) -> list[AtomicGraph]:
     """Return the graphs of frames with the model's cutoff."""
-    finder = NeighbourFinder(model.potential.config.cutoff)
+    finder = NeighbourFinder(model.cutoff)
     return [build_graph(frame, finder, model.dtype) for frame in frames]
 
 
 def plain_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
-    """Return force and energy RMSE [meV/Å, meV] of a network without dropout."""
+    """Return force and energy RMSE [meV/Å, meV] of the plain network."""
     energy, forces = plain_residuals(model, frames)
     return {
         "forces": round(1e3 * rmse(forces), 2),
@@ -273,7 +274,7 @@ def without_worst(error: np.ndarray, n_frames: int) -> dict[str, float]:
 
 
 def sampled_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
-    """Return the same of the Monte-Carlo mean and of the weight-scaled pass, and measures of σ of the forces."""
+    """Return the same of the mean over the functions and of the weight-scaled pass, and measures of σ of the forces."""
     found = evaluate(model, frames)
     report, detection = found.reports()["forces"], found.detection()
     n_atoms = len(frames[0])  # all frames are of one molecule

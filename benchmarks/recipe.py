@@ -26,7 +26,7 @@ from forcedrop.training.run import build_trainer
 VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "dropout": {"dropout": DROPOUT},
-    "dropout, a bank of 16 masks": {"dropout": DROPOUT | {"bank": 16}},
+    "dropout, a bank of 16 masks": {"dropout": DROPOUT, "uncertainty": {"method": "masks", "functions": 16}},
     "Adam instead of Muon": {"optimiser": {"muon": False}},
     "full energy weight from the start": {"loss": {"ramp": 1.0}},
     "cutoff function of power 6": {"model": {"cutoff_power": 6}},
@@ -59,27 +59,27 @@ def main() -> None:
 def variant(changes: dict[str, Any], data: Path, epochs: int) -> TrainConfig:
     """Return the shipped recipe on the race's split with one thing changed."""
     values = race_config("plain", data).model_dump(mode="json", exclude_unset=True)
-    return parse_config(with_changes(values, changes) | {"stage_one": {"epochs": epochs}})
+    return parse_config(with_changes(values, changes) | {"epochs": epochs})
 
 
 def run(config: TrainConfig) -> dict[str, float]:
     """Train and return errors [meV/Å, meV] and seconds of training, validations not counted."""
     trainer = build_trainer(config, prepare_data(config))
     seconds = 0.0
-    for epoch in range(config.stage_one.epochs):
+    for epoch in range(config.epochs):
         start = time.perf_counter()
         for batch in trainer.batches():
             trainer.run_step(batch)
         seconds += time.perf_counter() - start
         fitted = trainer.training_errors()
-        if epoch < config.stage_one.epochs - 1:
+        if epoch < config.epochs - 1:
             trainer.progress.epoch, trainer.progress.step = epoch + 1, 0
     errors = trainer.validate()
     network: Any = trainer.ema.module
     batch = batch_graphs(trainer.validation)
     plain = derive(network, batch)
     return {
-        "epochs": config.stage_one.epochs,
+        "epochs": config.epochs,
         "forces": round(errors.forces, 2),
         "energy": round(errors.energy, 2),
         "forces_weight_scaled": round(1e3 * float((plain.forces - batch.forces).square().mean().sqrt()), 2),

@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --repeat 3 5 9 14 20         # other sizes: 8 × repeat³ atoms
 
 Each size is a process of its own, so that the largest memory is its own; three calls, the median. The plain network; 16 samples
-(in groups that fit 2 GiB), and the plain network by automatic differentiation of the whole graph (both up to 10 000 atoms); MACE
-(64 channels, L = 0; up to 2000 atoms). Writes ``results/scaling.json`` and ``scaling.png``.
+of a bank (in groups that fit 2 GiB), and the plain network by automatic differentiation of the whole graph (both up to 10 000
+atoms); MACE (64 channels, L = 0; up to 2000 atoms). Writes ``results/scaling.json`` and ``scaling.png``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, nargs="+", default=REPEATS)
+    parser.add_argument("--quick", action="store_true", help="to try the script: 8 and 64 atoms, writes nothing")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -41,7 +42,7 @@ def main() -> None:
         return
     kinds = [kind for kind in LARGEST if kind != "MACE" or arguments.mace_python]
     rows = []
-    for repeat in arguments.repeat:
+    for repeat in (1, 2) if arguments.quick else arguments.repeat:
         for kind in kinds:
             if 8 * repeat**3 > LARGEST[kind]:
                 continue
@@ -51,6 +52,8 @@ def main() -> None:
             rows.append({"what": kind} | json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
     print(table(rows))
+    if arguments.quick:
+        return
     from common import environment, write_results
 
     first, last = (

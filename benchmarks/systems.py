@@ -15,6 +15,8 @@ ISOLATED = {1: -13.587222780835477, 6: -1029.4889999855063, 7: -1484.98145685722
 """eV, from ``iso_atoms.xyz`` of 3BPA."""
 ELEMENTS = {"3BPA": (1, 6, 7, 8), "silicon": (14,)}
 CUTOFF = 5.0
+FUNCTIONS = 64
+"""Of the bank."""
 
 
 def structure(name: str, data: Path = DATA, repeat: int = 3) -> Any:
@@ -33,22 +35,24 @@ def structure(name: str, data: Path = DATA, repeat: int = 3) -> Any:
 
 
 def model(name: str, seed: int = 0, data: Path = DATA) -> Any:
-    """Return a network of the default shape with random weights and a random posterior, as a model."""
+    """Return a network of the default shape with random weights and a bank of small random functions, as a model."""
     import torch
 
-    from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
-    from forcedrop.potential import Potential, PotentialConfig
+    from forcedrop.derive import geometry
+    from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
+    from forcedrop.model import TrainedModel
+    from forcedrop.potential import build
     from forcedrop.structures import Frame
-    from forcedrop.training import TrainedModel
 
     torch.manual_seed(seed)
-    potential = Potential(
-        PotentialConfig(ELEMENTS[name], cutoff=CUTOFF), {z: ISOLATED.get(z, 0.0) for z in ELEMENTS[name]}
-    )
+    elements = ELEMENTS[name]
+    potential = build("sphere", {"cutoff": CUTOFF}, elements, {z: ISOLATED.get(z, 0.0) for z in elements}).eval()
     batch = batch_graphs([build_graph(Frame.from_atoms(structure(name, data, repeat=1)), NeighbourFinder(CUTOFF))])
-    potential.measure_norms(batch, pair_vectors(batch, 2 * CUTOFF))
-    potential.posterior = 1e-3 * torch.randn(potential.n_readout, potential.n_readout)
-    return TrainedModel(potential.eval())
+    graph, vec = geometry(potential, batch)
+    potential.measure(vec, graph)
+    site: Any = potential.correction
+    potential.set_functions(None, 1e-3 * torch.randn(FUNCTIONS, *site.weight.shape))
+    return TrainedModel(potential)
 
 
 def calculator(name: str, seed: int = 0, data: Path = DATA, **settings: Any) -> Any:
@@ -109,11 +113,11 @@ def moved(atoms: Any, calculators: Any) -> Callable[[], None]:
 
 def differentiated(name: str, atoms: Any) -> Callable[[], Any]:
     """Return a call that differentiates forcedrop's network as a whole, of a graph that is already there."""
-    from forcedrop.derive import derive_pairs
-    from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
+    from forcedrop.derive import derive_pairs, geometry
+    from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
     from forcedrop.structures import Frame
 
     potential = model(name).potential
     batch = batch_graphs([build_graph(Frame.from_atoms(atoms), NeighbourFinder(CUTOFF))])
-    inputs, vec = potential.inputs(batch), pair_vectors(batch, 2 * CUTOFF)
-    return lambda: derive_pairs(potential, inputs, vec, batch.volume)
+    graph, vec = geometry(potential, batch)
+    return lambda: derive_pairs(potential, graph, vec, batch.volume)

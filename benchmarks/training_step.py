@@ -28,7 +28,7 @@ def main() -> None:
         serve(WORKERS[arguments.worker](arguments.data), arguments.threads)
         return
     kinds = [kind for kind in WORKERS if arguments.compile or kind != "forcedrop compiled"]
-    medians = take_turns(commands(__file__, kinds, arguments), arguments.rounds)
+    medians = take_turns(commands(__file__, kinds, arguments), arguments)
     ratios = {
         kind: {what: round(v / medians["MACE"][what], 3) for what, v in rows.items() if what in medians["MACE"]}
         for kind, rows in medians.items()
@@ -36,6 +36,8 @@ def main() -> None:
     }
     for kind, row in medians.items():
         print(f"{kind:20}", "  ".join(f"{what}: {ms:.1f} ms" for what, ms in row.items()), ratios.get(kind, ""))
+    if arguments.quick:
+        return
     from common import environment, write_results
 
     about = environment(0) | {"threads": arguments.threads, "rounds": arguments.rounds}

@@ -27,22 +27,23 @@ def options(doc: str | None, data: Path, workers: Iterable[str] | None = None) -
     parser.add_argument("--mace-python", type=Path, help="interpreter of the environment with mace-torch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--quick", action="store_true", help="to try the script: small and short, writes nothing")
     parser.add_argument("--worker", choices=workers and list(workers), help=argparse.SUPPRESS)
     return parser
 
 
 def commands(script: str, kinds: Iterable[str], given: argparse.Namespace) -> dict[str, list[str]]:
     """Return the command of each kind of worker; those that start with MACE have an interpreter of their own, or are left out."""
-    rest = ["--data", str(given.data), "--threads", str(given.threads)]
+    rest = ["--data", str(given.data), "--threads", str(given.threads), *(["--quick"] if given.quick else [])]
     pythons = {kind: given.mace_python if kind.startswith("MACE") else Path(sys.executable) for kind in kinds}
     return {kind: [str(python), script, "--worker", kind, *rest] for kind, python in pythons.items() if python}
 
 
-def take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, float]]:
+def take_turns(commands: Mapping[str, Sequence[str]], given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Start a process for each kind, let them measure in turn, return medians [ms] by kind and by what was measured."""
     workers = {kind: _Worker(command) for kind, command in commands.items()}
     times: dict[str, dict[str, list[float]]] = {kind: {} for kind in workers}
-    for _ in range(rounds):
+    for _ in range(1 if given.quick else given.rounds):
         for kind, worker in workers.items():
             for what, values in worker.turn().items():
                 times[kind].setdefault(what, []).extend(values)

@@ -23,9 +23,10 @@ from common import environment, write_results
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.evaluation import evaluate
 from forcedrop.md import NPT, NVE, MDRun, run_md
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.report import evaluation_table, md_figure, parity_figure, save_figure, sigma_figure
 from forcedrop.structures import read_frames
-from forcedrop.training import TrainedModel, load_config, load_model, train
+from forcedrop.training import load_config, train
 
 ROOT = Path(__file__).resolve().parent.parent
 

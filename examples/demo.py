@@ -11,10 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from forcedrop.active import UNITS, flag
+import numpy as np
+from ase import Atoms
+
+from forcedrop.active import flag
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.evaluation import Evaluation, evaluate
 from forcedrop.md import NVE, NVT, run_md
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.report import (
     Picture,
     Plain,
@@ -26,6 +30,7 @@ from forcedrop.report import (
     evaluation_table,
     flag_figure,
     folder_sections,
+    functions_figure,
     md_figure,
     parity_figure,
     results_page,
@@ -34,7 +39,8 @@ from forcedrop.report import (
     training_figure,
 )
 from forcedrop.structures import read_frames, write_frames
-from forcedrop.training import TrainedModel, TrainingInterrupted, load_config, load_model, train
+from forcedrop.training import TrainingInterrupted, load_config, train
+from forcedrop.uncertainty.calibration import CRITERIA
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, OUT = ROOT / "data", ROOT / "runs" / "demo"
@@ -63,12 +69,57 @@ def trained() -> tuple[TrainedModel, list[Section]]:
     model = load_model(OUT / "model.pt") if (OUT / "model.pt").exists() else train(config, resume=True)
     about = describe_frames(read_frames(DATA / "ethanol_300K.h5"))
     text = (
-        "An equivariant network was trained, and the posterior of its readout weights computed; what the spread of its "
-        "samples is worth was fitted on frames that it had not seen."
+        "An equivariant network was trained. Then dropout made 64 functions of it: each drops its own part of what energies are "
+        "read from, and has weights of its own for the rest, solved in closed form from the training labels. What their spread "
+        "is worth was fitted on frames that none of this had seen."
     )
     picture = save_figure(training_figure(OUT / "log.csv"), OUT / "training.png")
     known = Plain(f"Data\n  {indent(about)}\n\nModel\n  {indent(describe_model(model))}")
-    return model, [Section("Training", [Text(text), known, Picture(picture)])]
+    return model, [Section("Training", [Text(text), known, Picture(picture)]), functions(model)]
+
+
+def functions(model: TrainedModel) -> Section:
+    """Show the dropout functions at work: the C–O bond of ethanol, pulled apart."""
+    frames = read_frames(DATA / "ethanol_300K.h5")
+    start = frames[0].to_atoms()
+    oxygen = int(np.flatnonzero(start.numbers == 8)[0])
+    carbon = min(np.flatnonzero(start.numbers == 6), key=lambda i: start.get_distance(i, oxygen))
+    hydroxyl = [i for i in np.flatnonzero(start.numbers == 1) if start.get_distance(i, oxygen) < 1.2]
+    seen = [frame.to_atoms().get_distance(carbon, oxygen) for frame in frames]
+    lengths = np.linspace(1.25, 2.1, 35)
+    calculator = DropoutCalculator(model, n_samples=SAMPLES, keep_samples=True)
+    rows: list[tuple[np.ndarray, float, float]] = []
+    references = []
+    for length in lengths:
+        atoms = start.copy()
+        atoms.set_distance(carbon, oxygen, length, fix=0, indices=[oxygen, *hydroxyl])
+        atoms.calc = calculator
+        energy, results = atoms.get_potential_energy(), calculator.results
+        rows.append((results["energy_ensemble"], energy, results["energy_uncertainty"]))
+        references.append(reference_energy(atoms))
+    samples, mean, sigma = (np.array(column) for column in zip(*rows, strict=True))
+    known = None if None in references else np.array(references, float)
+    figure = functions_figure(
+        lengths, samples.T - mean.min(), mean - mean.min(), sigma, label="C–O distance [Å]",
+        reference=None if known is None else known - known.min(), seen=(min(seen), max(seen)),
+    )  # fmt: skip
+    text = (
+        "The C–O bond of one molecule, shortened and pulled apart: energies of the single functions (calibrated), and σ. Where "
+        "there were training data they agree, and beyond they part. Each function is a force field of its own, smooth and "
+        "conservative. Where the bond breaks σ grows two hundredfold, and the error more: there σ is a warning, not a measure."
+    )
+    return Section("Dropout functions at work", [Text(text), Picture(save_figure(figure, OUT / "functions.png"))])
+
+
+def reference_energy(atoms: Atoms) -> float | None:
+    """Return the energy by the method of the training data [eV], if tblite is installed."""
+    try:
+        from tblite.ase import TBLite
+    except ImportError:
+        return None
+    copy = atoms.copy()
+    copy.calc = TBLite(method="GFN2-xTB", verbosity=0, accuracy=0.1)
+    return float(copy.get_potential_energy())
 
 
 def evaluated(model: TrainedModel) -> list[Section]:
@@ -139,7 +190,7 @@ def flagged(model: TrainedModel) -> Section:
     write_frames(OUT / "flagged.xyz", flags.flagged)
     print(flags.summary())
     picture = save_figure(
-        flag_figure(flags.values, flags.threshold, flags.criterion, UNITS[flags.criterion]), OUT / "flags.png"
+        flag_figure(flags.values, flags.threshold, flags.criterion, CRITERIA[flags.criterion]), OUT / "flags.png"
     )
     text = (
         "60 frames each at 300 K, 600 K and 1200 K, in this order, judged by their largest atomic force σ alone; the "

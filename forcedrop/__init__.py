@@ -6,8 +6,9 @@ The names below are the public menu; each is imported on first use, so that ``im
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
+
+from forcedrop.menus import lazily
 
 __version__ = "0.1.0"
 
@@ -15,10 +16,11 @@ _MENU = {
     "DropoutCalculator": "forcedrop.calculator",
     "Frame": "forcedrop.structures",
     "FrameStore": "forcedrop.structures",
-    "Prediction": "forcedrop.sampling",
+    "Prediction": "forcedrop.uncertainty.sampling",
     "evaluate": "forcedrop.evaluation",
+    "fill": "forcedrop.model",
     "flag": "forcedrop.active",
-    "load_model": "forcedrop.training",
+    "load_model": "forcedrop.model",
     "read_frames": "forcedrop.structures",
     "run_md": "forcedrop.md",
     "train": "forcedrop.training",
@@ -28,9 +30,7 @@ __all__ = [*_MENU, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MENU:
-        return getattr(import_module(_MENU[name]), name)
-    raise AttributeError(f"module 'forcedrop' has no attribute {name!r}")
+    return lazily(__name__, _MENU)(name)
 
 
 def __dir__() -> list[str]:

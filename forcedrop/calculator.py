@@ -13,45 +13,45 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.data import chemical_symbols
 from torch import Tensor
-from torch_geometric.data import Batch
 
-from forcedrop.calibration import deviations, force_covariance
 from forcedrop.derive import Derived, derive
-from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
-from forcedrop.potential import require_samples
-from forcedrop.sampling import MAX_MEMORY, Prediction, draw_masks, predict
+from forcedrop.devices import pick_device
+from forcedrop.dropout import frozen
+from forcedrop.graph import Batch, NeighbourFinder, batch_graphs, build_graph
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel, load_model
+from forcedrop.uncertainty.calibration import deviations, force_covariance
+from forcedrop.uncertainty.sampling import MAX_MEMORY, Prediction, predict
 
 _VALUES = ("energy", "energies", "forces", "stress")
 _CELL = ("stress", "pressure")
 
 
 class DropoutCalculator(Calculator):
-    r"""Monte-Carlo-dropout means and error bars from one trained network.
+    r"""Means over dropout functions, and error bars, from one trained network.
 
-    ``results`` hold the means ``energy``, ``free_energy`` [eV], ``energies`` [eV], ``forces`` [eV/Å] and ``stress`` [eV/Å³] over
-    the K samples; ``X_std``, their raw standard deviation (ddof 1); ``X_uncertainty``, the calibrated standard deviation
+    ``results`` hold the means ``energy``, ``free_energy`` [eV], ``energies`` [eV], ``forces`` [eV/Å] and ``stress`` [eV/Å³];
+    ``X_std``, the raw standard deviation over the functions (ddof 1); ``X_uncertainty``, the calibrated standard deviation
     expected against the reference method, for a model that carries a calibration; and with ``keep_samples`` ``X_ensemble``,
     sample axis first, calibrated about the mean. X is energy, energies, forces, stress; the pressure (−⅓ tr stress) has a
     spread and an uncertainty too, those of the samples' pressures, for its components err together. ``forces_covariance``
     [eV²/Å²], shape (N, 3, 3), is each atom's, of the calibrated samples: the one entry that is not a σ.
 
-    The masks are fixed for the life of the calculator by (``seed``, ``n_samples``): every call is the same smooth function, so
-    dynamics conserve energy and runs are reproducible.
+    Function k is the same whatever ``n_samples`` is and whatever was computed before, so dynamics conserve energy and runs are
+    reproducible. Of a bank of functions that differ in what energies are read from (exact dropout, posterior, heads) the mean is
+    that of the whole bank, which is the plain network; energies and their σ use all of the bank in every call, forces and stress
+    the K functions that were asked for. Of trained masks and deep ensembles the mean is that of the K functions.
 
     Args:
-        model: a path to a model file, or a loaded model.
-        n_samples: K ≥ 2; by default 16, or all masks that the model was trained with if they are fewer.
-        seed: of the masks; by default the model's own, of the bank it was trained with. Masks outside the bank are allowed,
-            with a warning.
+        model: a path to a model file, or a loaded model; several paths, in a list or joined by ``+``, are a deep ensemble.
+        n_samples: K ≥ 2; by default 16, or all functions of a model that has fewer.
+        seed: of trained masks, by default the model's own; others are allowed, with a warning. A bank does not look at it.
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
         dtype: precision of the network, by default that of its weights.
-        uncertainty_every: 1 computes all K samples at every evaluation; energy and forces are their mean. n > 1 takes
-            energy, forces and stress from the masks of sample 0 (of a network without dropout: from the plain network, which is
-            the mean) at *every* evaluation, one potential throughout at the price of one pass, and computes the samples, for σ
-            alone, at every n-th. Between, results hold no σ; asking for one
-            (``calc.get_property("forces_std", atoms)``) computes it.
+        uncertainty_every: 1 computes all K functions at every evaluation. n > 1 takes energy, forces and stress from the plain
+            network, which is the mean (of trained masks: from the first of them), at *every* evaluation, one potential throughout
+            at the price of one pass, and computes the functions, for σ alone, at every n-th. Between, results hold no σ; asking
+            for one (``calc.get_property("forces_std", atoms)``) computes it.
         keep_samples: whether ``results`` also hold every sample.
         skin: of the neighbour list [Å].
         max_memory: of the samples [GiB]; those that do not fit at once are computed one group after another.
@@ -75,7 +75,7 @@ class DropoutCalculator(Calculator):
 
     def __init__(
         self,
-        model: TrainedModel | str | Path,
+        model: TrainedModel | str | Path | Sequence[str | Path],
         n_samples: int | None = None,
         seed: int | None = None,
         device: str | torch.device | None = None,
@@ -93,18 +93,17 @@ class DropoutCalculator(Calculator):
             raise ValueError(f"`max_memory` must be positive [GiB], got {max_memory}")
         if uncertainty_every < 1:
             raise ValueError(f"`uncertainty_every` must be at least 1, got {uncertainty_every}")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         self.model = model if isinstance(model, TrainedModel) else load_model(model)
-        require_samples(self.model.potential)
+        self.n_samples, self.seed = self.model.functions_for(n_samples, seed)
         dtype = dtype or self.model.dtype
         same = (self.model.device, self.model.dtype) == (self.device, dtype)
         self.potential = self.model.potential if same else deepcopy(self.model.potential).to(self.device, dtype)
         self.potential.eval()
-        self.n_samples, self.seed = self.model.masks_for(n_samples, seed)
         self.uncertainty_every = uncertainty_every
         self.keep_samples = keep_samples
         self.max_memory = max_memory
-        self._finder = NeighbourFinder(self.potential.config.cutoff, skin)
+        self._finder = NeighbourFinder(self.potential.cutoff, skin)
         self._evaluations = 0
         self.prediction: Prediction | None = None
 
@@ -130,7 +129,7 @@ class DropoutCalculator(Calculator):
         frame = self._checked(Frame.from_atoms(present, source="atoms"))
         periodic = bool(frame.pbc.any()) and frame.volume > 0
         self._refuse(properties, periodic)
-        batch = batch_graphs([build_graph(frame, self._finder, self.potential.hidden_bias.dtype)]).to(self.device)
+        batch = batch_graphs([build_graph(frame, self._finder, self.potential.dtype)]).to(self.device)
         asked = any(name.rpartition("_")[2] in ("std", "uncertainty", "covariance", "ensemble") for name in properties)
         due = self._evaluations % self.uncertainty_every == 0
         self._evaluations += bool(system_changes)
@@ -148,19 +147,22 @@ class DropoutCalculator(Calculator):
         self.results = {k: v for k, v in results.items() if periodic or not k.startswith(_CELL)}
 
     def _sample(self, batch: Batch) -> Derived:
-        """Return the network with the masks of sample 0, which was trained; the plain network if there are none."""
-        masks = draw_masks(self.potential, batch, self.seed, 1)
-        return derive(self.potential, batch, {name: mask[0] for name, mask in masks.items()})
+        """Return the plain network, where it is the mean; else the first function, which was trained."""
+        if self.potential.centred or not any(site.p for site in self.potential.inner_sites.values()):
+            return derive(self.potential, batch)
+        with frozen(self.potential, self.seed, 0):
+            return derive(self.potential, batch)
 
     def _spread(self, prediction: Prediction, z: np.ndarray) -> dict[str, Any]:
         """Return the raw and the calibrated standard deviations, and the samples if they are to be kept."""
         results = _single(prediction.std, "_std")
         samples = {name: _numpy(x) for name, x in prediction.samples._asdict().items()}
         samples |= {name: samples[name][:, 0] for name in ("energy", "stress")}
+        mean = _single(prediction.mean, "")
         results["pressure_std"] = _pressure(samples["stress"])
         calibration = self.model.calibration
         if calibration is not None:
-            samples = calibration.apply(samples, z)
+            samples = calibration.apply(samples, z, mean)
             results["forces_covariance"] = force_covariance(samples["forces"])
             results |= {f"{name}_uncertainty": _scalar(x) for name, x in deviations(samples).items()}
             results["pressure_uncertainty"] = _pressure(samples["stress"])
@@ -196,7 +198,7 @@ class DropoutCalculator(Calculator):
         """Return what decides its numbers beside the model, in plain values."""
         return {
             "n_samples": self.n_samples, "mask_seed": self.seed, "uncertainty_every": self.uncertainty_every,
-            "precision": str(self.potential.hidden_bias.dtype).removeprefix("torch."),
+            "precision": str(self.potential.dtype).removeprefix("torch."),
         }  # fmt: skip
 
     def copy(self) -> DropoutCalculator:
@@ -212,7 +214,7 @@ class DropoutCalculator(Calculator):
     def _settings(self) -> dict[str, Any]:
         return {
             "n_samples": self.n_samples, "seed": self.seed, "device": self.device,
-            "dtype": self.potential.hidden_bias.dtype, "uncertainty_every": self.uncertainty_every,
+            "dtype": self.potential.dtype, "uncertainty_every": self.uncertainty_every,
             "keep_samples": self.keep_samples, "skin": self._finder.skin, "max_memory": self.max_memory,
         }  # fmt: skip
 

@@ -1,7 +1,4 @@
-r"""The only place that differentiates: energies, forces and stress of one potential or of K at once.
-
-The plain network, and functions that differ only at the end of the network, go the way that is written out by hand in
-``potential/pullback.py``; masks further within, and training, go through automatic differentiation.
+r"""The only place that turns gradients into forces and stress, of one potential or of K functions at once.
 
 The energy depends on the positions through the pair vectors alone, so one gradient g = ∂E/∂(pair vectors) gives everything:
 the force on atom i is the sum of g over the pairs that leave i minus the sum over those that reach it, the stress is
@@ -10,16 +7,15 @@ the force on atom i is the sum of g over the pairs that leave i minus the sum ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch
 
-from forcedrop.graph import pair_vectors
-from forcedrop.potential import GraphInputs, Masks, Potential
+from forcedrop.graph import Batch, pair_vectors
+from forcedrop.potential import EnergyModel, GraphInputs
 from forcedrop.potential.neighbours import sum_incoming
-from forcedrop.potential.pullback import late_gradients, late_sites
 
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 
@@ -40,84 +36,77 @@ class Derived(NamedTuple):
     stress: Tensor
 
 
-def derive(potential: Potential, batch: Batch, masks: Masks | None = None, *, create_graph: bool = False) -> Derived:
-    """Return the energy and its derivatives of one function: the plain network, or one with the given masks.
+def derive(potential: EnergyModel, batch: Batch) -> Derived:
+    """Return the energy and its derivatives of one function: the plain network, or that to which it is frozen.
 
     Args:
         potential: the network.
         batch: from ``forcedrop.graph.batch_graphs``, on the network's device and in its precision.
-        masks: one per site; see ``Potential.forward``.
-        create_graph: whether the result is to be differentiated again, by the parameters (training).
     """
-    graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    masks = masks or {}
-    if create_graph or not _late(potential, masks, 1):
-        return derive_pairs(potential, graph, vec, batch.volume, masks, create_graph=create_graph)
-    one = _derive_late(potential, graph, vec, batch.volume, {name: mask[None] for name, mask in masks.items()})
-    return Derived(*(x[0] for x in one))
+    graph, vec = geometry(potential, batch)
+    return _assemble(potential, graph, vec, batch.volume, *potential.gradients(vec, graph))
 
 
-def derive_pairs(
-    potential: Potential,
-    graph: GraphInputs,
-    vec: Tensor,
-    volume: Tensor,
-    masks: Masks | None = None,
-    *,
-    create_graph: bool = False,
-) -> Derived:
-    """Return the same from plain tensors: pair vectors [Å], shape (N, M, 3), and volumes [Å³], shape (B,)."""
+def geometry(potential: EnergyModel, batch: Batch) -> tuple[GraphInputs, Tensor]:
+    """Return what a network is called with: neighbour lists, and pair vectors [Å] of shape (N, M, 3)."""
+    return potential.inputs(batch), pair_vectors(batch, 2 * potential.cutoff)
+
+
+def derive_pairs(potential: EnergyModel, graph: GraphInputs, vec: Tensor, volume: Tensor) -> Derived:
+    """Return the same from plain tensors, to be differentiated again by the weights (training).
+
+    Args:
+        potential: the network, frozen or not.
+        graph: neighbour lists.
+        vec: pair vectors [Å], shape (N, M, 3).
+        volume: [Å³], shape (B,).
+    """
     vec = vec.detach().requires_grad_(True)
     with torch.enable_grad():
-        local = potential(vec, graph, masks)
-        (gradient,) = torch.autograd.grad(local.sum(), vec, create_graph=create_graph)
-    if not create_graph:
-        local = local.detach()
+        local = potential(vec, graph)
+        (gradient,) = torch.autograd.grad(local.sum(), vec, create_graph=True)
     return _assemble(potential, graph, vec.detach(), volume, local, gradient)
 
 
-def derive_samples(potential: Potential, batch: Batch, masks: Masks) -> Derived:
-    """Return the same for K functions in one pass; geometry and all that precedes the first mask is computed once.
+def derive_functions(
+    potential: EnergyModel, batch: Batch, samples: Sequence[int], seed: int = 0
+) -> tuple[Derived | None, Derived]:
+    """Return the plain network's results, and those of the functions ``samples`` in one pass, sample axis first.
+
+    Of a network whose functions differ in the weights of its features alone (``EnergyModel.centred``), energies are those of the
+    whole bank, for they need no way back; and the plain network, which is the mean of all, comes with them. Of others it is None.
 
     Args:
         potential: the network.
         batch: as in :func:`derive`.
-        masks: one per site, sample axis first: (K, C), (K, N, C) or for edges (K, N, M).
+        samples: indices of the functions.
+        seed: of masks that are drawn; a bank does not look at it.
     """
-    graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
-    if not _late(potential, masks, 2):
-        return derive_pairs_samples(potential, graph, vec, batch.volume, masks)
-    return _derive_late(potential, graph, vec, batch.volume, masks)
+    graph, vec = geometry(potential, batch)
+    chosen = torch.as_tensor(list(samples), dtype=torch.int64, device=vec.device)
+    if not potential.centred or potential.correction is None:
+        found = potential.function_gradients(vec, graph, chosen, seed)
+        return None, _assemble_many(potential, graph, vec, batch.volume, *found)
+    bank = potential.correction.bank
+    weights = torch.cat([bank.new_zeros((1, *bank.shape[1:])), bank[chosen]])
+    (local, gradient), features = potential.centred_gradients(vec, graph, weights)
+    plain = _assemble(potential, graph, vec, batch.volume, local[0], gradient[0])
+    own = _assemble_many(potential, graph, vec, batch.volume, local[1:], gradient[1:])
+    energies = (local[0] + potential.energies_of(features, graph)).to(torch.float64)
+    energies = energies + potential.isolated_energy(graph.species)
+    energy = torch.stack([_sum_by_graph(own, graph) for own in energies])
+    return plain, own._replace(energy=energy, energies=energies)
 
 
-def _late(potential: Potential, masks: Masks, n_axes: int) -> bool:
-    """Say whether nothing but the end of the network is masked, and that for every atom alike."""
-    return set(masks) <= late_sites(potential) and all(mask.dim() == n_axes for mask in masks.values())
-
-
-def _derive_late(potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, masks: Masks) -> Derived:
-    local, gradient = late_gradients(potential, vec, graph, masks)
+def _assemble_many(
+    potential: EnergyModel, graph: GraphInputs, vec: Tensor, volume: Tensor, local: Tensor, gradient: Tensor
+) -> Derived:
     parts = [_assemble(potential, graph, vec, volume, e, g) for e, g in zip(local, gradient, strict=True)]
     return Derived(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
 
-def derive_pairs_samples(
-    potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, masks: Masks
-) -> Derived:
-    """Return the K functions' results from plain tensors; shapes as in :func:`derive_pairs`, masks with a sample axis."""
-
-    def total(vec: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-        local = potential(vec, graph, masks)
-        return local.sum(), local
-
-    per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0))
-    gradient, local = per_sample(vec, dict(masks))
-    assemble = torch.func.vmap(lambda e, g: _assemble(potential, graph, vec, volume, e, g))
-    return Derived(*assemble(local, gradient))
-
-
 def _assemble(
-    potential: Potential, graph: GraphInputs, vec: Tensor, volume: Tensor, local: Tensor, gradient: Tensor
+    potential: EnergyModel, graph: GraphInputs, vec: Tensor, volume: Tensor, local: Tensor, gradient: Tensor
 ) -> Derived:
     energies = local.to(torch.float64) + potential.isolated_energy(graph.species)
     energy = _sum_by_graph(energies, graph)

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
-from forcedrop.calibration import Calibration, deviations, difference_sigma
 from forcedrop.graph import SIGHT, NeighbourFinder, build_graph, out_of_sight
 from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informative, rmse, uncertainty_report
-from forcedrop.sampling import FramePrediction, predict_graphs
+from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
-from forcedrop.training import Committee, TrainedModel, calibrate
+from forcedrop.uncertainty.calibrate import calibrate
+from forcedrop.uncertainty.calibration import Calibration, deviations, difference_sigma
+from forcedrop.uncertainty.sampling import FramePrediction, predict_graphs
 
 WORST = 0.05
 """The share of atoms that counts as badly predicted in AUROC and precision."""
@@ -114,7 +114,7 @@ class Evaluation:
 
 
 def predict_frames(
-    model: TrainedModel | Committee,
+    model: TrainedModel,
     frames: Sequence[Frame],
     *,
     n_samples: int | None = None,
@@ -133,20 +133,21 @@ def predict_frames(
         raise BadFrames(problems)
     finder = NeighbourFinder(model.cutoff)
     graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
-    predictions = predict_graphs(model.predictor(n_samples, seed), graphs, model.device)
+    n_samples, seed = model.functions_for(n_samples, seed)
+    predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
     bar = tqdm(predictions, total=len(frames), desc=what, unit="frame")
     found = []
     for frame, p in zip(frames, bar, strict=True):
         samples, sigma = p.samples, None
         if model.calibration is not None:
-            samples = model.calibration.apply(p.samples, frame.z)
+            samples = model.calibration.apply(p.samples, frame.z, p.mean)
             sigma = deviations(samples)
         found.append(replace(p, sigma=sigma, samples={"energy": samples["energy"]}))
     return found
 
 
 def evaluate(
-    model: TrainedModel | Committee,
+    model: TrainedModel,
     frames: Sequence[Frame],
     *,
     n_samples: int | None = None,
@@ -161,8 +162,8 @@ def evaluate(
     Args:
         model: what to judge.
         frames: structures with labels.
-        n_samples: K; by default 16, or all masks of a smaller bank.
-        seed: of the masks; by default those the model was trained with.
+        n_samples: K; by default 16, or all functions of a smaller bank.
+        seed: of trained masks; by default those of the training.
         predictions: from :func:`predict_frames` on these frames, where they exist already.
 
     Raises:
@@ -252,7 +253,7 @@ def _coverage(found: Evaluation, calibration: Calibration) -> dict[str, dict[flo
 
 
 def compare(
-    models: Mapping[str, TrainedModel | Committee],
+    models: Mapping[str, TrainedModel],
     sets: Mapping[str, Sequence[Frame]],
     calibration: Sequence[Frame] | None = None,
     *,
@@ -264,7 +265,7 @@ def compare(
         models: by name; left as they are.
         sets: labelled frames by name.
         calibration: labelled frames on which every model is calibrated anew; without them each keeps its own calibration.
-        n_samples: K of those that can choose; by default 16.
+        n_samples: K, at most; by default 16.
 
     Raises:
         BadFrames: if a frame cannot be computed.
@@ -275,8 +276,10 @@ def compare(
         if calibration is not None:
             finder = NeighbourFinder(model.cutoff)
             graphs = [build_graph(frame, finder, model.dtype) for frame in calibration]
-            model = replace(model, calibration=calibrate(model, graphs))
-        found[name] = {what: evaluate(model, frames, n_samples=n_samples) for what, frames in sets.items()}
+            model = replace(model, calibration=calibrate(model.potential, graphs, seed=model.seed))
+        most = model.n_functions
+        k = n_samples if n_samples is None or most is None else min(n_samples, most)
+        found[name] = {what: evaluate(model, frames, n_samples=k) for what, frames in sets.items()}
     return found
 
 
@@ -295,8 +298,3 @@ def with_uncertainties(frame: Frame, prediction: FramePrediction) -> Frame:
             values[f"{name}_uncertainty"] = prediction.sigma[name]
         target.update({k: float(v) if np.ndim(v) == 0 else np.array(v) for k, v in values.items()})
     return Frame(**{**vars(frame), "info": info, "arrays": arrays})
-
-
-def device_of(name: str) -> torch.device:
-    """Return a device by name, ``auto`` being the GPU if there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -1,4 +1,4 @@
-r"""The one data contract: a structure and its neighbour list as a PyG ``Data``.
+r"""The one data contract: structures with their neighbour lists and labels, as tensors.
 
 An :class:`AtomicGraph` of N atoms and E directed pairs holds
 
@@ -13,7 +13,12 @@ Two structures, walked through: H₂ at 0.74 Å with a cutoff of 5 Å has N = 2,
 shifts 0, ``edge_reverse = [1, 0]``. A one-atom cubic cell of 4 Å has N = 1, E = 6: all pairs are (0, 0), told apart by their
 shifts ±x, ±y, ±z; the reverse of +x is −x.
 
-``batch_graphs`` joins graphs into a PyG ``Batch`` and adds the padded layout in which the potential works: M slots an atom.
+``batch_graphs`` joins B graphs into a :class:`Batch`, one after another, with the numbers of atoms and pairs counted on, so that
+``cell`` is (B, 3, 3), ``energy`` (B,) and so on. It knows
+
+* ``batch`` (N,): the graph of every atom, ``ptr`` (B + 1,): where the atoms of each graph begin, and at last N;
+
+and adds the padded layout in which the potential works: M slots an atom.
 
 * ``nbr`` (N, M): neighbour in the slot, ``nbr_shift`` (N, M, 3), ``nbr_used`` (N, M) whether the slot holds a pair,
 * ``nbr_reverse`` (N, M): flat index i·M + m of the reversed pair. An empty slot points to its own atom and to itself.
@@ -21,27 +26,92 @@ shifts ±x, ±y, ±z; the reverse of +x is −x.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch_geometric.data import Batch, Data
 from vesin import NeighborList
 
 from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.frame import Frame
 
 
-class AtomicGraph(Data):
-    """A structure, its neighbour list and its labels; see the module's page for the fields."""
+@dataclass(eq=False)
+class _Fields:
+    """What one structure and several have alike."""
 
-    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if key == "edge_reverse":
-            return self["edge_index"].shape[1]
-        return super().__inc__(key, value, *args, **kwargs)
+    z: Tensor
+    pos: Tensor
+    cell: Tensor
+    pbc: Tensor
+    edge_index: Tensor
+    edge_shift: Tensor
+    edge_reverse: Tensor
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    has_energy: Tensor
+    has_forces: Tensor
+    has_stress: Tensor
+    volume: Tensor
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of atoms N."""
+        return len(self.z)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a field by its name."""
+        value: Tensor = getattr(self, name)
+        return value
+
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Self:
+        """Return the same on a device; what is there already is not copied."""
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the same in page-locked memory, from which a GPU copies without making the processor wait."""
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)})
+
+
+@dataclass(eq=False)
+class AtomicGraph(_Fields):
+    """A structure, its neighbour list and its labels; see the module's page for the fields.
+
+    Attributes:
+        source: where it came from, for error messages.
+    """
+
+    source: str
+
+
+@dataclass(eq=False)
+class Batch(_Fields):
+    """Several of them, and the padded neighbour layout; see the module's page for the fields.
+
+    Attributes:
+        source: of every structure.
+    """
+
+    source: list[str]
+    batch: Tensor
+    ptr: Tensor
+    nbr: Tensor
+    nbr_shift: Tensor
+    nbr_used: Tensor
+    nbr_reverse: Tensor
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of structures B."""
+        return len(self.source)
 
 
 class NeighbourFinder:
@@ -122,53 +192,68 @@ def build_graph(frame: Frame, finder: NeighbourFinder, dtype: torch.dtype = torc
         has_forces=torch.tensor([frame.forces is not None]),
         has_stress=torch.tensor([frame.stress is not None]),
         volume=torch.tensor([frame.volume], dtype=dtype),
-        num_nodes=n,
         source=frame.source,
     )
 
 
 def batch_graphs(graphs: Sequence[AtomicGraph]) -> Batch:
-    """Join graphs into one ``Batch`` and add the padded neighbour layout (see the module's page).
+    """Join graphs on the CPU into one :class:`Batch` (see the module's page).
 
     Raises:
         ValueError: if there is no graph.
     """
     if not graphs:
         raise ValueError("cannot batch zero graphs")
-    batch = _batch_of_one(graphs[0]) if len(graphs) == 1 else Batch.from_data_list(list(graphs))
-    centre, neighbour = batch.edge_index
-    n = batch.num_nodes
+    sizes = torch.tensor([graph.num_nodes for graph in graphs])
+    atoms_before = [0, *sizes.cumsum(0).tolist()]
+    pairs_before = np.cumsum([0, *(len(graph.edge_reverse) for graph in graphs)]).tolist()
+    edge_index = torch.cat([g.edge_index + before for g, before in zip(graphs, atoms_before, strict=False)], dim=1)
+    edge_reverse = torch.cat([g.edge_reverse + before for g, before in zip(graphs, pairs_before, strict=False)])
+    edge_shift = torch.cat([graph.edge_shift for graph in graphs])
+    return Batch(
+        **{name: torch.cat([graph[name] for graph in graphs]) for name in _AS_THEY_ARE},
+        edge_index=edge_index,
+        edge_shift=edge_shift,
+        edge_reverse=edge_reverse,
+        source=[graph.source for graph in graphs],
+        batch=torch.repeat_interleave(torch.arange(len(graphs)), sizes),
+        ptr=torch.tensor(atoms_before),
+        **_padded(edge_index, edge_shift, edge_reverse, atoms_before[-1]),
+    )
+
+
+_AS_THEY_ARE = (
+    "z", "pos", "cell", "pbc", "energy", "forces", "stress", "has_energy", "has_forces", "has_stress", "volume",
+)  # fmt: skip
+"""Fields that are joined without counting on."""
+
+
+def _padded(edge_index: Tensor, edge_shift: Tensor, edge_reverse: Tensor, n: int) -> dict[str, Tensor]:
+    """Return the layout with slots, by field, of a list of pairs of ``n`` atoms."""
+    centre, neighbour = edge_index
     degree = torch.bincount(centre, minlength=n)
     width = max(int(degree.max()), 1)
     first = torch.cumsum(degree, 0) - degree
     slot = centre * width + torch.arange(centre.shape[0]) - first[centre]
-    atoms = torch.arange(n)
-    nbr = atoms[:, None].repeat(1, width).reshape(-1)
+    nbr = torch.arange(n)[:, None].repeat(1, width).reshape(-1)
     nbr[slot] = neighbour
     reverse = torch.arange(n * width)
-    reverse[slot] = slot[batch.edge_reverse]
+    reverse[slot] = slot[edge_reverse]
     shift = torch.zeros(n * width, 3, dtype=torch.int64)
-    shift[slot] = batch.edge_shift
+    shift[slot] = edge_shift
     used = torch.zeros(n * width, dtype=torch.bool)
     used[slot] = True
-    batch.nbr, batch.nbr_reverse = nbr.reshape(n, width), reverse.reshape(n, width)
-    batch.nbr_shift, batch.nbr_used = shift.reshape(n, width, 3), used.reshape(n, width)
-    return batch
-
-
-def _batch_of_one(graph: AtomicGraph) -> Batch:
-    """Return what ``Batch.from_data_list`` does for one graph; in dynamics its general way would cost a tenth of a step."""
-    batch: Any = Batch(_base_cls=type(graph))
-    batch.update({key: [value] if key == "source" else value for key, value in graph.to_dict().items()})
-    n = graph.num_nodes
-    batch.batch, batch.ptr = torch.zeros(n, dtype=torch.int64), torch.tensor([0, n])
-    batch._num_graphs = 1
-    return batch
+    return {
+        "nbr": nbr.reshape(n, width),
+        "nbr_shift": shift.reshape(n, width, 3),
+        "nbr_used": used.reshape(n, width),
+        "nbr_reverse": reverse.reshape(n, width),
+    }
 
 
 def graph_loader(
     graphs: Sequence[AtomicGraph], batches: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
-) -> DataLoader[AtomicGraph]:
+) -> DataLoader[Batch]:
     """Return a loader that yields one ``Batch`` for each list of indices in ``batches``, in their order."""
     dataset: Any = graphs
     return DataLoader(

@@ -8,57 +8,58 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from forcedrop.graph import AtomicGraph, NeighbourFinder, batch_graphs, build_graph, pair_vectors
-from forcedrop.potential import DropoutRates, Potential, PotentialConfig
+from forcedrop.derive import geometry
+from forcedrop.graph import AtomicGraph, NeighbourFinder, batch_graphs, build_graph
+from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame
 
 torch.set_num_threads(1)
 
-RATES = DropoutRates(edge=0.1, message=0.1, update=0.2, readout=0.5)
-FEATURES_ONLY = DropoutRates(edge=0.0, message=0.1, update=0.2, readout=0.5)
+RATES = DropoutRates(edge=0.3, message=0.1, update=0.2, readout=0.5)
+NONE = DropoutRates()
+SMALL = {
+    "sphere": {"cutoff": 4.0, "n_channels": 6, "n_layers": 2, "l_max": 2, "n_radial": 4, "n_hidden": 8},
+    "painn": {"cutoff": 4.0, "n_channels": 6, "n_layers": 2, "n_radial": 4},
+}
+"""Shapes for tests, by kind of network."""
 
 
 def make_potential(
     elements: tuple[int, ...] = (1, 6, 8, 14, 29),
     rates: DropoutRates = RATES,
     seed: int = 0,
+    kind: str = "sphere",
     **settings: object,
-) -> Potential:
+) -> EnergyModel:
     """A network with random weights in float64, its norms measured on ethanol, no weight left at a special value."""
-    shape = {
-        "cutoff": 4.0,
-        "n_channels": 6,
-        "n_layers": 2,
-        "l_max": 2,
-        "n_radial": 4,
-        "n_hidden": 8,
-        **settings,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = PotentialConfig(elements=elements, dropout=rates, **shape)  # type: ignore[arg-type]
-        potential = Potential(config, {z: -1.0 * z for z in elements}).double()
+        potential = build(kind, {**SMALL[kind], **settings}, elements, {z: -1.0 * z for z in elements}).double()
         with torch.no_grad():
-            potential.species_bias.normal_()
-            potential.hidden_bias.normal_()
+            for name, weight in potential.named_parameters():
+                if weight.requires_grad and not weight.any():
+                    weight.normal_()
+                assert weight.any() or not weight.requires_grad, name
+    potential.eval().set_rates(rates)
     if {1, 6, 8} <= set(elements):
-        batch = batch_of([ethanol()], potential.config.cutoff)
-        potential.measure_norms(batch, pair_vectors(batch, 2 * potential.config.cutoff))
-    return potential.eval()
-
-
-def posterior_potential(seed: int = 0, **settings: object) -> Potential:
-    """The same without dropout sites, with a refit and a posterior of what the energy is read from."""
-    potential = make_potential(rates=DropoutRates(), seed=seed, **settings)
-    generator = torch.Generator().manual_seed(seed)
-    n = potential.n_readout
-    potential.refit = 0.05 * torch.randn(n, dtype=torch.float64, generator=generator)
-    potential.posterior = 0.02 * torch.randn(n, n, dtype=torch.float64, generator=generator)
+        graph, vec = geometry(potential, batch_of([ethanol()], potential.cutoff))
+        potential.measure(vec, graph)
     return potential
 
 
-SAMPLED = {"masks": make_potential, "posterior": posterior_potential}
-"""Networks with something to sample: through automatic differentiation, and through the way back written out by hand."""
+def banked_potential(seed: int = 0, n: int = 8, **settings: object) -> EnergyModel:
+    """The same without masks within the network, but with a regression's weights and a centred bank of functions."""
+    potential = make_potential(rates=NONE, seed=seed, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    shape = potential.correction.weight.shape
+    bank = 0.1 * torch.randn(n, *shape, dtype=torch.float64, generator=generator)
+    weight = 0.05 * torch.randn(*shape, dtype=torch.float64, generator=generator)
+    potential.set_functions(weight, bank - bank.mean(0))
+    return potential
+
+
+SAMPLED = {"masks": make_potential, "bank": banked_potential}
+"""Networks with functions: through automatic differentiation, and through the way back written out by hand."""
 
 
 def ethanol(seed: int = 0) -> Atoms:
@@ -106,12 +107,12 @@ def structure(request: pytest.FixtureRequest) -> Atoms:
 
 
 @pytest.fixture(scope="session")
-def potential() -> Potential:
+def potential() -> EnergyModel:
     return make_potential()
 
 
 @pytest.fixture(scope="session", params=list(SAMPLED))
-def sampled_potential(request: pytest.FixtureRequest) -> Potential:
+def sampled_potential(request: pytest.FixtureRequest) -> EnergyModel:
     return SAMPLED[request.param]()
 
 
@@ -142,9 +143,8 @@ def settings(folder: object, **changes: object) -> dict:
         "data": {"train": [f"{folder}/train.h5"], "isolated_atoms": {"Cu": 0.0}},
         "model": {"cutoff": 4.0, "n_channels": 6, "l_max": 2, "n_radial": 4, "n_hidden": 8},
         "optimiser": {"warmup_steps": 5},
-        "stage_one": {"epochs": 6},
-        "dropout": {"update": 0.1, "readout": 0.3, "bank": 4},
-        "stage_two": {"epochs": 3, "samples": 2},
+        "epochs": 9,
+        "uncertainty": {"functions": 16, "frames": 20},
         "batch_size": 4,
         "precision": "float64",
         "device": "cpu",
@@ -163,13 +163,13 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory):
 
     folder = tmp_path_factory.mktemp("trained")
     write_frames(folder / "train.h5", emt_frames(40))
-    train(parse_config(settings(folder, stage_one={"epochs": 40}, stage_two={"epochs": 6})))
+    train(parse_config(settings(folder, epochs=46)))
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(trained_folder):
     """A small trained and calibrated model of copper, float64."""
-    from forcedrop.training import load_model
+    from forcedrop.model import load_model
 
     return load_model(trained_folder / "run" / "model.pt")

@@ -27,7 +27,7 @@ def folder(trained_folder) -> Path:
 
 def test_train_and_resume(tmp_path) -> None:
     write_frames(tmp_path / "train.h5", emt_frames(16))
-    values = settings(tmp_path, stage_one={"epochs": 2}, stage_two={"epochs": 1})
+    values = settings(tmp_path, epochs=2)
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
     assert "model.pt: validation RMSE" in run("train", tmp_path / "t.yaml")
     assert (tmp_path / "run" / "training.png").stat().st_size > 5000

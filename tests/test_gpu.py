@@ -14,34 +14,48 @@ from torch import nn
 from forcedrop import DropoutCalculator
 from forcedrop.derive import derive
 from forcedrop.dropout import Dropout, mc_samples
-from forcedrop.potential import DropoutRates, Potential
-from forcedrop.sampling import predict
+from forcedrop.model import load_model
+from forcedrop.potential import DropoutRates, EnergyModel
 from forcedrop.structures import write_frames
-from forcedrop.training import TrainingDiverged, load_model, parse_config, train
+from forcedrop.training import TrainingDiverged, parse_config, train
 from forcedrop.training.data import prepare_data
 from forcedrop.training.loop import CHECK_EVERY, Trainer
-from forcedrop.training.posterior import jacobian
 from forcedrop.training.run import build_trainer
-from tests.conftest import RATES, SAMPLED, STRUCTURES, batch_of, emt_frames, ethanol, make_potential, settings
+from forcedrop.uncertainty.equations import jacobian
+from forcedrop.uncertainty.exact_dropout import ExactDropout
+from forcedrop.uncertainty.method import Labels
+from forcedrop.uncertainty.sampling import predict
+from tests.conftest import (
+    NONE,
+    RATES,
+    SAMPLED,
+    STRUCTURES,
+    batch_of,
+    emt_frames,
+    ethanol,
+    graph_of,
+    make_potential,
+    settings,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what runs on one is NOT tested")
 GPU = torch.device("cuda")
 
 
-def everything(potential: Potential):
-    return batch_of([make() for make in STRUCTURES.values()], potential.config.cutoff)
+def everything(potential: EnergyModel):
+    return batch_of([make() for make in STRUCTURES.values()], potential.cutoff)
 
 
 @pytest.mark.parametrize("kind", list(SAMPLED))
 def test_a_function_and_its_samples_are_those_of_the_cpu(kind) -> None:
     here = SAMPLED[kind]()
     there, batch = SAMPLED[kind]().to(GPU), everything(here)
-    for a, b in zip(derive(here, batch), derive(there, batch.clone().to(GPU)), strict=True):
+    for a, b in zip(derive(here, batch), derive(there, batch.to(GPU)), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-10, atol=1e-10)
     # a limit on memory cuts the samples into pieces
     for memory in (4.0, 1e-5):
         expected = predict(here, batch, n_samples=5, seed=3)
-        found = predict(there, batch.clone().to(GPU), n_samples=5, seed=3, max_memory=memory)
+        found = predict(there, batch.to(GPU), n_samples=5, seed=3, max_memory=memory)
         for part in ("mean", "std", "samples"):
             for a, b in zip(getattr(expected, part), getattr(found, part), strict=True):
                 torch.testing.assert_close(b.cpu(), a, rtol=1e-9, atol=1e-9)
@@ -90,10 +104,15 @@ def test_a_step_changes_the_weights_as_on_the_cpu(folder) -> None:
 
 
 def test_a_training_ends_in_a_model_that_the_cpu_reads_to_the_same_numbers(folder) -> None:
-    for rates in ({"update": 0.1, "readout": 0.3}, {"update": 0.0, "readout": 0.0}):
-        values = settings(folder, device="cuda", dropout=rates, stage_one={"epochs": 30}, precision="float32")
-        values["stage_two"] = {"epochs": 0}
-        values["output"] = f"{folder}/{rates['update']}"
+    for method, rates in (
+        ("masks", {"update": 0.1, "readout": 0.3}),
+        ("exact_dropout", {}),
+        ("posterior", {"edge": 0.3}),
+        ("heads", {}),
+    ):
+        values = settings(folder, device="cuda", dropout=rates, epochs=30, precision="float32")
+        values["uncertainty"] = {"method": method, "functions": 8}
+        values["output"] = f"{folder}/{method}"
         made = train(parse_config(values))
         assert made.calibration is not None
         read = load_model(f"{values['output']}/model.pt", torch.device("cpu"))
@@ -165,9 +184,35 @@ def test_masks_of_a_network_of_ones_own() -> None:
 
 
 def test_every_site_within_the_network() -> None:
-    """Edges too: their bits depend on atoms' numbers, not on where they are computed."""
+    """Edges too: their radii are functions of the seed, not of where they are computed."""
     here = make_potential(rates=RATES)
     batch = everything(here)
     expected = predict(here, batch, n_samples=3, seed=0).samples.forces
     found = predict(make_potential(rates=RATES).to(GPU), batch.to(GPU), n_samples=3, seed=0).samples.forces
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sphere", "painn"])
+def test_functions_that_are_found_there_are_those_found_here(kind: str) -> None:
+    """The same masks and draws, of equations summed on either, and cut radii besides."""
+    other, graphs = make_potential((1, 6, 8), NONE, seed=4), []
+    for seed in range(8):
+        found = derive(other, batch_of([ethanol(seed)], 4.0))
+        graphs.append(graph_of(ethanol(seed), 4.0, energy=float(found.energy), forces=found.forces.numpy()))
+    labels = Labels(graphs[:5], graphs[5:], quiet=True)
+    method = ExactDropout(functions=6, rate=0.3, prior=1.0, draw=1.0, cuts=2, cut_rate=0.5)
+    here, there = make_potential((1, 6, 8), NONE, kind=kind), make_potential((1, 6, 8), NONE, kind=kind).to(GPU)
+    method.fill(here, labels)
+    method.fill(there, labels)
+    assert there.correction.bank.device.type == there.edges.bank.device.type == "cuda"
+    torch.testing.assert_close(there.edges.bank.cpu(), here.edges.bank, rtol=1e-12, atol=0)
+    scale = float(here.correction.bank.abs().max())
+    torch.testing.assert_close(there.correction.bank.cpu(), here.correction.bank, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_a_deep_ensemble_is_that_of_the_cpu(trained_folder) -> None:
+    path = trained_folder / "run" / "model.pt"
+    atoms = bulk("Cu", a=3.65, cubic=True)
+    atoms.rattle(0.1, seed=1)
+    found = [DropoutCalculator([path, path], device=device).get_property("forces", atoms) for device in ("cpu", "cuda")]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-9)

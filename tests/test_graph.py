@@ -4,9 +4,8 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.neighborlist import neighbor_list
-from torch_geometric.data import Batch
 
-from forcedrop.graph import SIGHT, NeighbourFinder, batch_graphs, build_graph, out_of_sight, pair_vectors
+from forcedrop.graph import SIGHT, NeighbourFinder, batch_graphs, build_graph, graph_loader, out_of_sight, pair_vectors
 from forcedrop.structures import Frame
 from tests.conftest import STRUCTURES, graph_of
 from tests.shapes import check_batch, check_graph
@@ -66,13 +65,44 @@ def test_pair_vectors_and_padding() -> None:
     np.testing.assert_allclose(np.sort(distances[batch.nbr_used].numpy()), expected, atol=1e-12)
 
 
-def test_a_loader_of_pyg_batches_the_graphs() -> None:
-    from torch_geometric.loader import DataLoader
+@pytest.mark.parametrize("names", [list(STRUCTURES), ["slab"], ["copper", "copper"]])
+def test_a_batch_against_pyg(names: list[str]) -> None:
+    from torch_geometric.data import Batch as PyGBatch
+    from torch_geometric.data import Data
 
-    graphs = [graph_of(STRUCTURES[name](), 4.0) for name in ("ethanol", "silicon")]
-    batch = next(iter(DataLoader(graphs, batch_size=2)))
-    reverse = batch.edge_reverse
-    assert torch.equal(batch.edge_index[:, reverse], batch.edge_index.flip(0))
+    class Graph(Data):
+        def __inc__(self, key: str, value: object, *args: object, **kwargs: object) -> object:
+            return self.edge_index.shape[1] if key == "edge_reverse" else super().__inc__(key, value, *args, **kwargs)
+
+    graphs = [graph_of(STRUCTURES[name](), 4.0, energy=1.5 * k, source=name) for k, name in enumerate(names)]
+    expected = PyGBatch.from_data_list([Graph(**vars(graph), num_nodes=graph.num_nodes) for graph in graphs])
+    batch = batch_graphs(graphs)
+    assert (batch.num_graphs, batch.num_nodes) == (expected.num_graphs, expected.num_nodes)
+    assert {*vars(batch), "num_nodes"} == {*expected.keys(), "nbr", "nbr_reverse", "nbr_shift", "nbr_used"}
+    for key in set(expected.keys()) - {"num_nodes"}:
+        found, wanted = getattr(batch, key), expected[key]
+        if torch.is_tensor(wanted):
+            assert torch.equal(found, wanted)
+            assert found.dtype == wanted.dtype
+        else:
+            assert found == wanted
+
+
+def test_a_loader_in_other_processes_gives_the_same_batches() -> None:
+    graphs = [graph_of(make(), 4.0) for make in STRUCTURES.values()]
+    chosen = [[0, 2], [3], [1, 1]]
+    for indices, batch in zip(chosen, graph_loader(graphs, chosen, workers=1), strict=True):
+        for name, value in vars(batch_graphs([graphs[i] for i in indices])).items():
+            found = getattr(batch, name)
+            assert torch.equal(found, value) if torch.is_tensor(value) else found == value
+
+
+def test_moving_leaves_the_original_alone() -> None:
+    batch = batch_graphs([graph_of(STRUCTURES["copper"](), 4.0)])
+    there = batch.to("meta")
+    assert {x.device.type for x in vars(there).values() if torch.is_tensor(x)} == {"meta"}
+    assert {x.device.type for x in vars(batch).values() if torch.is_tensor(x)} == {"cpu"}
+    assert (there.source, there.num_nodes, there.num_graphs) == (batch.source, 1, 1)
 
 
 def test_labels_and_their_absence() -> None:
@@ -97,17 +127,3 @@ def test_a_bad_cell_names_the_frame() -> None:
 def test_nothing_to_batch() -> None:
     with pytest.raises(ValueError, match="zero graphs"):
         batch_graphs([])
-
-
-def test_a_batch_of_one_is_what_the_general_way_makes(structure: Atoms) -> None:
-    graph = graph_of(structure, 4.0, energy=1.5)
-    general, quick = Batch.from_data_list([graph]), batch_graphs([graph])
-    assert set(general.keys()) == set(quick.keys()) - {"nbr", "nbr_reverse", "nbr_shift", "nbr_used"}
-    assert quick.num_graphs == 1
-    assert quick.num_nodes == len(structure)
-    for key in general.keys():  # noqa: SIM118 (not a dictionary)
-        if torch.is_tensor(general[key]):
-            assert torch.equal(general[key], quick[key])
-            assert general[key].dtype == quick[key].dtype
-        else:
-            assert general[key] == quick[key]

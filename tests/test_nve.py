@@ -10,12 +10,11 @@ from ase.data import atomic_masses
 
 from forcedrop import DropoutCalculator, load_model, read_frames, run_md
 from forcedrop.derive import derive
+from forcedrop.dropout import frozen
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
 from forcedrop.md import energy_drift
-from forcedrop.potential import READOUT_SHIFT
-from forcedrop.sampling import draw_masks, draw_shifts
+from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 STEPS, STEP_FS, SAMPLES = 4000, 0.5, 4
@@ -42,20 +41,17 @@ def test_the_mean_conserves_energy(model: TrainedModel, start: Frame, tmp_path: 
 
 
 def test_every_sample_conserves_energy(model: TrainedModel, start: Frame) -> None:
-    """Each of K molecules moves in the potential of its own draw, all at once."""
-    potential, finder = model.potential, NeighbourFinder(model.potential.config.cutoff)
+    """Each of K molecules moves in the potential of its own function, all at once."""
+    potential, finder = model.potential, NeighbourFinder(model.potential.cutoff)
     mass = np.tile(atomic_masses[start.z], SAMPLES)[:, None]
     velocity = np.random.default_rng(0).normal(size=(len(mass), 3)) * np.sqrt(units.kB * 300 / mass)
 
     def evaluate(pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = [Frame(**{**vars(start), "pos": part}) for part in np.split(pos, SAMPLES)]
         batch = batch_graphs([build_graph(image, finder, model.dtype) for image in images])
-        shifts = draw_shifts(potential, model.bank_seed, SAMPLES)
-        assert shifts is not None
-        masks = {name: m[batch.batch] for name, m in draw_masks(potential, batch, model.bank_seed, SAMPLES).items()}
-        masks[READOUT_SHIFT] = shifts[batch.batch]
-        out = derive(potential, batch, masks)
-        return out.energy.numpy(), out.forces.double().numpy()
+        with frozen(potential, model.seed, batch.batch):  # the k-th of the molecules in function k
+            out = derive(potential, batch)
+        return out.energy.detach().numpy(), out.forces.detach().double().numpy()
 
     pos = np.tile(start.pos, (SAMPLES, 1))
     energy, forces = evaluate(pos)

@@ -1,33 +1,32 @@
 """Which structures to label next, and the loop that labels them and learns.
 
-The names below are the menu; each is imported on first use, so that the processes that label start in a moment.
+The names below are the menu; each is imported on first use.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from forcedrop.menus import lazily
 
 if TYPE_CHECKING:
     from forcedrop.active.config import ActiveConfig, load_active_config
-    from forcedrop.active.flagging import UNITS, Flags, flag, resolve_threshold
+    from forcedrop.active.flagging import Flags, flag, resolve_threshold
     from forcedrop.active.loop import ActiveLoop
     from forcedrop.active.oracles import Oracle, find_oracle
 
 _MENU = {
-    "ActiveConfig": "config",
-    "ActiveLoop": "loop",
-    "Flags": "flagging",
-    "Oracle": "oracles",
-    "UNITS": "flagging",
-    "find_oracle": "oracles",
-    "flag": "flagging",
-    "load_active_config": "config",
-    "resolve_threshold": "flagging",
+    "ActiveConfig": "forcedrop.active.config",
+    "ActiveLoop": "forcedrop.active.loop",
+    "Flags": "forcedrop.active.flagging",
+    "Oracle": "forcedrop.active.oracles",
+    "find_oracle": "forcedrop.active.oracles",
+    "flag": "forcedrop.active.flagging",
+    "load_active_config": "forcedrop.active.config",
+    "resolve_threshold": "forcedrop.active.flagging",
 }
 
 __all__ = [
-    "UNITS",
     "ActiveConfig",
     "ActiveLoop",
     "Flags",
@@ -38,8 +37,4 @@ __all__ = [
     "resolve_threshold",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MENU:
-        return getattr(import_module(f"forcedrop.active.{_MENU[name]}"), name)
-    raise AttributeError(f"module 'forcedrop.active' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _MENU)

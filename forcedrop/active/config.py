@@ -49,7 +49,7 @@ class RetrainingSection(_Section):
 
     steps: int | list[int] | None = Field(
         None,
-        description="steps of stage one, whatever the number of labels; a list is by round, its last entry for those after; "
+        description="steps of a training, whatever the number of labels; a list is by round, its last entry for those after; "
         "otherwise `training` says epochs",
     )
     most_epochs: int = Field(2000, ge=1, description="limit on the epochs that steps come to")
@@ -219,7 +219,7 @@ class ActiveConfig(_Section):
             return config
         per_epoch = math.ceil(n_train / config.batch_size)
         epochs = min(max(1, round(steps / per_epoch)), retraining.most_epochs)
-        return config.model_copy(update={"stage_one": config.stage_one.model_copy(update={"epochs": epochs})})
+        return config.model_copy(update={"epochs": epochs})
 
 
 def load_active_config(path: str | Path) -> ActiveConfig:

@@ -23,12 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 from forcedrop.graph import NeighbourFinder, build_graph
-from forcedrop.sampling import predict_graphs
+from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
+from forcedrop.uncertainty.sampling import predict_graphs
 
 SAMPLES = 64
-"""K of the sketch; all masks of a smaller bank."""
+"""K of the sketch; all functions of a smaller bank."""
 MOST = 1000
 """Candidates; of more a random part is looked at, flagged ones first, since each costs all samples."""
 
@@ -43,8 +43,8 @@ def information(model: TrainedModel, frames: Sequence[Frame], noise: float) -> n
     """
     finder = NeighbourFinder(model.cutoff)
     graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
-    samples = min(model.bank or SAMPLES, SAMPLES)
-    predictions = predict_graphs(model.predictor(samples), graphs, model.device)
+    samples, seed = model.functions_for(min(model.n_functions or SAMPLES, SAMPLES))
+    predictions = predict_graphs(model.potential, graphs, n_samples=samples, seed=seed)
     found = []
     for p in tqdm(predictions, total=len(frames), desc="samples of candidates", unit="frame", leave=False):
         forces = p.samples["forces"].reshape(samples, -1).astype(np.float64)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.data import covalent_radii
 
 from forcedrop.active.config import ExploreSection
 from forcedrop.active.processes import at_once
 from forcedrop.active.state import frame_key, read_json, write_json
 from forcedrop.calculator import DropoutCalculator
-from forcedrop.evaluation import device_of
-from forcedrop.graph import NeighbourFinder, out_of_sight
+from forcedrop.devices import pick_device
+from forcedrop.files import whole_folder
 from forcedrop.md import NPT, NVE, NVT, run_md
+from forcedrop.md.astray import Rules, closest_allowed
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame, FrameStore
-from forcedrop.training import TrainedModel, load_model
 
 DONE = "run.json"
 
@@ -60,6 +59,11 @@ class Limits:
     hottest: float
     closest: float
     cutoff: float
+
+    def rules(self, temperature: float, elements: Collection[int]) -> Rules:
+        """Return the rules of a run at a temperature [K], of atoms with these atomic numbers."""
+        closest = closest_allowed(elements, share=self.closest)
+        return Rules(self.stop_above, closest, self.hottest * temperature, self.cutoff)
 
 
 @dataclass(frozen=True)
@@ -132,15 +136,9 @@ class Job:
 def explore_one(job: Job) -> None:
     """Compute one run; its folder appears when it is over."""
     run, folder = job.run, job.folder
-    target = folder / run.name
-    part = folder / f".{run.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    summary = {**asdict(run), **dynamics(run, job.start, job.model, part, job.settings, job.limits, job.device)}
-    write_json(part / DONE, summary)
-    try:
-        part.rename(target)
-    except OSError:  # one that outlived a kill was there first, with the same numbers
-        shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(folder / run.name) as part:  # one that outlived a kill may be there first, with the same numbers
+        summary = {**asdict(run), **dynamics(run, job.start, job.model, part, job.settings, job.limits, job.device)}
+        write_json(part / DONE, summary)
 
 
 def dynamics(
@@ -192,52 +190,27 @@ def _recorded(folder: Path) -> int:
 @lru_cache(maxsize=1)
 def _model(path: Path, changed: int, device: str) -> TrainedModel:
     """Load a model once for all runs of a process."""
-    return load_model(path, device_of(device))
+    return load_model(path, pick_device(device))
 
 
 def acceptable(folder: Path, run: Run, limits: Limits) -> Iterator[Seen]:
     """Yield the frames of a run up to the first that shows that it went astray, without the start.
 
-    Astray is: σ above the limit, atoms nearer than any bond, an absurd temperature, an atom that has gone out of sight of the
-    others. What comes after means nothing. Frames with an atom that was so from the start are left out, no more.
+    Astray is what :class:`~forcedrop.md.astray.Rules` say: σ above the limit, atoms nearer than any bond, an absurd temperature,
+    an atom that has gone out of sight of the others. Frames with an atom that was so from the start are left out, no more.
     """
     with FrameStore(folder / run.name / "md.h5") as store:
         frames = store[:]
-    always: np.ndarray | None = None
+    rules = limits.rules(run.temperature, {int(z) for frame in frames for z in frame.z})
+    always = rules.alone(frames[0]) if frames else None
     for frame in frames:
-        away = out_of_sight(frame.pos, frame.cell, frame.pbc, limits.cutoff)
-        always = away if always is None else always
-        if problem(frame, run, limits) is not None or (away & ~always).any():
+        away = rules.alone(frame)
+        sigma, temperature = frame.info["max_force_sigma_eV_A"], frame.info["temperature_K"]
+        if rules.trouble(frame, sigma, temperature, away, always) is not None:
             return
-        if frame.info["step"] > 0 and not away.any():
+        if frame.info["step"] > 0 and away is not None and not away.any():
             alone = Frame(z=frame.z, pos=frame.pos, cell=frame.cell, pbc=frame.pbc)
             yield Seen(alone, run, float(frame.info["time_fs"]), float(frame.info["max_force_sigma_eV_A"]))
-
-
-def problem(frame: Frame, run: Run, limits: Limits) -> str | None:
-    """Say why a recorded frame must not be labelled; None if it may."""
-    sigma, temperature = frame.info["max_force_sigma_eV_A"], frame.info["temperature_K"]
-    if not (np.isfinite(sigma) and np.isfinite(frame.pos).all()):
-        return "not finite"
-    if sigma > limits.stop_above:
-        return f"largest force σ {sigma:.3g} eV/Å"
-    if temperature > limits.hottest * run.temperature:
-        return f"{temperature:.0f} K in a run at {run.temperature:g} K"
-    shortest = nearest(frame)
-    if shortest < limits.closest:
-        return f"atoms at {shortest:.2f} of the sum of their radii"
-    return None
-
-
-def nearest(frame: Frame) -> float:
-    """Return the shortest distance in units of the sum of the two atoms' covalent radii; 1 if none is below 1."""
-    radii = covalent_radii[frame.z]
-    edges, shift, _ = NeighbourFinder(2 * float(radii.max()))(frame.pos, frame.cell, frame.pbc)
-    if not edges.shape[1]:
-        return 1.0
-    i, j = edges
-    distance = np.linalg.norm(frame.pos[j] + shift @ frame.cell - frame.pos[i], axis=1)
-    return float(min(1.0, (distance / (radii[i] + radii[j])).min()))
 
 
 def explored(found: Mapping[str, Any], folder: Path, limits: Limits) -> list[Seen]:

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forcedrop.calibration import CRITERIA, Calibration, frame_criteria
 from forcedrop.evaluation import predict_frames, with_uncertainties
+from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
-
-UNITS = {"max_force": "eV/Å", "mean_force": "eV/Å", "energy_per_atom": "eV"}
-"""Unit of each criterion."""
+from forcedrop.uncertainty.calibration import CRITERIA, Calibration, frame_criteria
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Flags:
     """Frames judged by one criterion.
 
     Attributes:
-        criterion: one of ``forcedrop.calibration.CRITERIA``.
+        criterion: one of ``forcedrop.uncertainty.calibration.CRITERIA``.
         threshold: σ above which a frame is flagged.
         values: σ of every frame, in the order of the frames.
         ranking: indices of all frames, most uncertain first.
@@ -41,7 +38,7 @@ class Flags:
 
     def summary(self) -> str:
         """Return a sentence."""
-        unit = UNITS[self.criterion]
+        unit = CRITERIA[self.criterion]
         return (
             f"{len(self.flagged)} of {len(self.frames)} frames have a {self.criterion} σ above {self.threshold:.4g} {unit}; "
             f"median {np.median(self.values):.4g}, largest {self.values.max():.4g} {unit}"

@@ -10,10 +10,10 @@ import numpy as np
 
 from forcedrop.active.config import StopSection
 from forcedrop.active.state import frame_key
-from forcedrop.calibration import frame_criteria
 from forcedrop.evaluation import evaluate, predict_frames, with_uncertainties
+from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
+from forcedrop.uncertainty.calibration import frame_criteria
 
 FEWEST = 3
 """Fresh labels below which nothing is judged."""

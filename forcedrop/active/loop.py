@@ -39,8 +39,10 @@ from forcedrop.active.processes import at_once
 from forcedrop.active.reopening import STOPPED, looking, reopen
 from forcedrop.active.roles import role_files
 from forcedrop.active.state import State, frame_key, read_json, write_atomically, write_frames_atomically, write_json
+from forcedrop.files import whole
+from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame, FrameStore, read_frames
-from forcedrop.training import ConfigError, TrainConfig, TrainedModel, load_model, train
+from forcedrop.training import ConfigError, TrainConfig, train
 from forcedrop.training.config import DataSection
 from forcedrop.training.data import read_labelled
 
@@ -112,7 +114,7 @@ class ActiveLoop:
             [
                 f"state: {config.state}, {len(self.state.frames())} labels so far",
                 f"start: {count} frames, {len(ready)} of them labelled already; the rest by {self.oracle.name}",
-                f"training: {training.stage_one.epochs} epochs at first, batches of {training.batch_size}",
+                f"training: {training.epochs} epochs at first, batches of {training.batch_size}",
                 f"exploration: {runs} runs a round of at most {explore.steps * explore.timestep / 1000:g} ps at "
                 f"{', '.join(f'{t:g}' for t in explore.temperatures)} K, {explore.ensemble}",
                 f"picks: {config.pick.size(1)} at first, {config.pick.strategy}",
@@ -134,9 +136,8 @@ class ActiveLoop:
             reason = self.stopped()
             if reason is not None:
                 target = self.state.folder / MODEL
-                part = self.state.folder / f".{MODEL}.part"
-                part.write_bytes((self.state.round(number) / "model" / MODEL).read_bytes())
-                part.replace(target)
+                with whole(target) as part:
+                    part.write_bytes((self.state.round(number) / "model" / MODEL).read_bytes())
                 write_json(self.state.folder / STOPPED, {"reason": reason, "labels": len(self.state.frames())})
                 return reason
             limits = self._explore(number, models[0])

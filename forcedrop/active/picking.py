@@ -17,8 +17,8 @@ import torch
 from forcedrop.active.design import Design
 from forcedrop.evaluation import predict_frames
 from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, group_by_atoms, pair_vectors
+from forcedrop.model import TrainedModel, committee
 from forcedrop.structures import Frame
-from forcedrop.training import Committee, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,10 @@ def committee_sigma(
     models: Sequence[TrainedModel], frames: Sequence[Frame], calibration: Sequence[Frame], quantile: float
 ) -> tuple[np.ndarray, float]:
     """Return the largest force spread of several networks on each frame [eV/Å], and its quantile on the calibration frames."""
-    committee = Committee(models)
+    ensemble = committee(models)
 
     def spread(of: Sequence[Frame]) -> np.ndarray:
-        found = predict_frames(committee, of, what="committee")
+        found = predict_frames(ensemble, of, what="committee")
         return np.array([np.linalg.norm(p.std["forces"], axis=1).max() for p in found])
 
     return spread(frames), float(np.quantile(spread(calibration), quantile))

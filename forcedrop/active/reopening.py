@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from forcedrop.active.config import ActiveConfig
 from forcedrop.active.state import State
+from forcedrop.files import remove_folder
 
 STOPPED = "stopped.json"
 
@@ -49,7 +47,7 @@ def reopen(state: State, config: ActiveConfig, last: int) -> None:
     elif last > 0 and _looked_otherwise(state.result(last, "pick"), config):
         _forget_rounds(state, last)
         _forget_stages(state, last, "roles", "append", "judge", "label", "pick", "explore")
-        _remove(state.round(last) / "runs")
+        remove_folder(state.round(last) / "runs")
     (state.folder / STOPPED).unlink()
 
 
@@ -80,12 +78,4 @@ def _forget_rounds(state: State, after: int) -> None:
     """Remove the rounds after one, the last first; what they know they can find again."""
     for number in reversed(state.rounds()):
         if number > after:
-            _remove(state.round(number))
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder such that a kill leaves all of it, or what ``State.clean`` removes."""
-    if folder.exists():
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        folder.rename(part)
-        shutil.rmtree(part, ignore_errors=True)
+            remove_folder(state.round(number))

@@ -25,15 +25,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from forcedrop.files import remove_parts, whole
 from forcedrop.structures import Frame, FrameStore
 
 DECIMALS = 6
@@ -53,29 +52,8 @@ def frame_key(frame: Frame) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file such that a reader, or whoever comes after a kill, finds the old one or the new one."""
-    with _whole(path) as temporary:
+    with whole(path, shared=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a place to write to; what is there afterwards is flushed to disk and renamed to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    yield temporary
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -172,11 +150,7 @@ class State:
 
     def clean(self) -> None:
         """Remove what a kill left half written."""
-        for path in self.folder.rglob(".*.part"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        remove_parts(self.folder)
 
     def records(self, number: int) -> dict[str, dict[str, Any]]:
         """Return the labels of a round, and the failures, by key."""
@@ -196,5 +170,5 @@ class State:
 
 def write_frames_atomically(path: Path, frames: list[Frame], provenance: dict[str, Any] | None = None) -> None:
     """Write a new frame store such that it is there whole or not at all."""
-    with _whole(path) as temporary, FrameStore(temporary, "w", provenance=provenance) as store:
+    with whole(path, shared=True) as temporary, FrameStore(temporary, "w", provenance=provenance) as store:
         store.append(frames)

@@ -36,26 +36,41 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        from forcedrop.training import TrainingDiverged, TrainingInterrupted
-
         try:
             command(*args, **kwargs)
-        except (TrainingInterrupted, KeyboardInterrupt) as error:
-            typer.echo(f"\n{error or 'interrupted'}", err=True)
+        except KeyboardInterrupt as error:
+            typer.echo(f"\n{str(error) or 'interrupted'}", err=True)
             raise typer.Exit(130) from None
-        except (ValueError, TrainingDiverged, OSError) as error:
+        except (ValueError, OSError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 
     return guarded
 
 
+def that_trains(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the ways in which a training ends early into errors that :func:`clear_errors` knows."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        from forcedrop.training import TrainingDiverged, TrainingInterrupted
+
+        try:
+            command(*args, **kwargs)
+        except TrainingInterrupted as error:
+            raise KeyboardInterrupt(str(error)) from None
+        except TrainingDiverged as error:
+            raise ValueError(str(error)) from None
+
+    return guarded
+
+
 def load(path: Path, device: str) -> Any:
     """Read a model file onto a device."""
-    from forcedrop.evaluation import device_of
-    from forcedrop.training import load_model
+    from forcedrop.devices import pick_device
+    from forcedrop.model import load_model
 
-    return load_model(path, device_of(device))
+    return load_model(path, pick_device(device))
 
 
 def read(

@@ -1,4 +1,4 @@
-"""Commands about models: train, evaluate, compare, info."""
+"""Commands about models: train, evaluate, compare, fill, info."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from forcedrop.cli.common import (
     list_problems,
     load,
     read,
+    that_trains,
 )
 
 
 @app.command()
 @clear_errors
+@that_trains
 def train(
     config: Annotated[Path, typer.Argument(help="training file (YAML)", show_default=False)],
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
@@ -122,13 +124,13 @@ def compare(
 ) -> None:
     """Compare the error bars of several models, or deep ensembles of models, on the same frames."""
     from forcedrop.evaluation import compare as compare_models
+    from forcedrop.model import committee
     from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
-    from forcedrop.training import Committee
 
     loaded: dict[str, Any] = {}
     for text in models:
         members = [load(Path(name), device) for name in text.split("+")]
-        loaded[text] = members[0] if len(members) == 1 else Committee(members)
+        loaded[text] = members[0] if len(members) == 1 else committee(members)
     if len(loaded) < len(models):
         raise ValueError("a model was given twice")
     first = next(iter(loaded.values()))
@@ -150,18 +152,56 @@ def compare(
 
 @app.command()
 @clear_errors
+def fill(
+    model: Model,
+    data: Annotated[
+        list[Path], typer.Option(help="labelled frames that trained the model; may be given several times")
+    ],
+    held_out: Annotated[list[Path], typer.Option(help="labelled frames that did not: to choose and to calibrate by")],
+    functions: Annotated[int, typer.Option(help="how many", min=2)] = 64,
+    method: Annotated[str, typer.Option(help="exact_dropout or posterior")] = "exact_dropout",
+    seed: Annotated[int, typer.Option(help="of masks and draws")] = 0,
+    output: Annotated[Path | None, typer.Option(help="where to write; over the model itself by default")] = None,
+    device: Device = "auto",
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    energy_unit: EnergyUnit = "eV",
+    length_unit: LengthUnit = "Angstrom",
+) -> None:
+    """Find the functions of a trained model anew: more of them, or by another method; minutes, no training."""
+    from forcedrop.model import fill as fill_model
+    from forcedrop.model import save_model
+    from forcedrop.report import describe_functions
+    from forcedrop.uncertainty import method_of
+
+    loaded = load(model, device)
+    keys = (energy_key, forces_key, stress_key)
+    train, held = (read(files, loaded, keys, energy_unit, length_unit, False) for files in (data, held_out))
+    found = fill_model(loaded, train, held, method_of(method)(functions=functions, seed=seed))
+    save_model(found, output or model)
+    typer.echo("\n".join(describe_functions(found)))
+    if found.calibration is not None:
+        typer.echo(f"calibration: {found.calibration.sentence()}")
+    typer.echo(f"wrote {output or model}")
+
+
+@app.command()
+@clear_errors
 def info(
     path: Annotated[Path, typer.Argument(help="a model or any file of structures", show_default=False)],
     skip_bad: SkipBad = False,
 ) -> None:
     """Say what is in a model file or a file of structures."""
     from forcedrop.report import describe_frames, describe_model
-    from forcedrop.structures import read_checked
-    from forcedrop.training import load_model
 
     if path.suffix == ".pt":
+        from forcedrop.model import load_model
+
         typer.echo(describe_model(load_model(path)))
         return
+    from forcedrop.structures import read_checked
+
     frames, problems = read_checked([path], skip_bad=skip_bad)
     list_problems(problems)
     typer.echo(describe_frames(frames))

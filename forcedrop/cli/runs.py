@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from forcedrop.cli.common import Device, Files, Model, Samples, Seed, SkipBad, app, clear_errors, load, read
+from forcedrop.cli.common import (
+    Device,
+    Files,
+    Model,
+    Samples,
+    Seed,
+    SkipBad,
+    app,
+    clear_errors,
+    load,
+    read,
+    that_trains,
+)
 
 
 class Ensemble(StrEnum):
@@ -91,7 +103,7 @@ def md(
 ) -> None:
     """Run molecular dynamics with error bars and flag the moments that the model does not know."""
     from forcedrop.calculator import DropoutCalculator
-    from forcedrop.evaluation import device_of
+    from forcedrop.devices import pick_device
     from forcedrop.md import NPT, NVE, NVT, run_md
     from forcedrop.report import run_figure, save_figure
 
@@ -106,7 +118,7 @@ def md(
         ((check_every or record_every) * timestep, correlation_time), on_high, spacing, check_every,
     )  # fmt: skip
     kind: Any = {Ensemble.nve: NVE(), Ensemble.nvt: NVT(friction), Ensemble.npt: NPT(pressure)}[ensemble]
-    calculator = DropoutCalculator(loaded, samples, mask_seed, device_of(device), uncertainty_every=uncertainty_every)
+    calculator = DropoutCalculator(loaded, samples, mask_seed, pick_device(device), uncertainty_every=uncertainty_every)
     run = run_md(
         atoms, calculator, output, ensemble=kind, temperature=temperature, steps=steps, timestep=timestep,
         record_every=record_every, seed=seed, guard=guard, velocities=not keep_velocities, resume=resume,
@@ -132,10 +144,10 @@ def flag(
     skip_bad: SkipBad = False,
 ) -> None:
     """Rank the frames of any structure file or trajectory by σ and write those above a threshold."""
-    from forcedrop.active import UNITS
     from forcedrop.active import flag as flag_frames
     from forcedrop.report import flag_figure, ranking_csv, save_figure
     from forcedrop.structures import write_frames
+    from forcedrop.uncertainty.calibration import CRITERIA
 
     loaded = load(model, device)
     frames = read(files, loaded, (None, None, None), "eV", "Angstrom", skip_bad)
@@ -155,12 +167,13 @@ def flag(
     if ranking is not None:
         typer.echo(f"wrote {ranking_csv(flags, ranking)}")
     if plot is not None:
-        figure = flag_figure(flags.values, flags.threshold, flags.criterion, UNITS[flags.criterion])
+        figure = flag_figure(flags.values, flags.threshold, flags.criterion, CRITERIA[flags.criterion])
         typer.echo(f"wrote {save_figure(figure, plot)}")
 
 
 @app.command()
 @clear_errors
+@that_trains
 def active(
     config: Annotated[Path, typer.Argument(help="file of the loop (YAML)", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check the file and say what would be done")] = False,

@@ -33,8 +33,8 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from forcedrop.calibration import CRITERIA, Calibration
 from forcedrop.md.band import Band
+from forcedrop.uncertainty.calibration import CRITERIA, Calibration
 
 WINDOW = 5.0
 """Autocorrelations are summed up to so many autocorrelation times."""
@@ -166,7 +166,7 @@ def band_from_calibration(
         interval: time between two checks [fs].
         correlation_time: integrated autocorrelation time of σ [fs], see :func:`autocorrelation_time`; the default takes the
             checks for independent, which gives fewer alarms than stated.
-        criterion: one of ``forcedrop.calibration.CRITERIA``.
+        criterion: one of ``forcedrop.uncertainty.calibration.CRITERIA``.
 
     Warns (``UserWarning``) where so few calibration frames cannot tell the level.
 

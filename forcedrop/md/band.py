@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forcedrop.calibration import CRITERIA
+from forcedrop.uncertainty.calibration import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Band:
     Attributes:
         low: σ above which a frame is flagged, in the criterion's unit: [eV/Å], or [eV] per atom.
         high: σ above which a run must not go on.
-        criterion: one of ``forcedrop.calibration.CRITERIA``.
+        criterion: one of ``forcedrop.uncertainty.calibration.CRITERIA``.
         note: how the thresholds were found.
     """
 

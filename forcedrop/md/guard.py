@@ -13,29 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers, covalent_radii
 from ase.md.md import MolecularDynamics
 
-from forcedrop.calibration import frame_criteria
-from forcedrop.graph import SIGHT, NeighbourFinder, out_of_sight
+from forcedrop.md.astray import Kind, Rules, closest_allowed
 from forcedrop.md.band import Band
 from forcedrop.md.ensembles import can_jump, draw_velocities, jump
 from forcedrop.structures import Frame
-
-
-class Kind(StrEnum):
-    """What a guard saw."""
-
-    FLAGGED = "flagged"
-    HIGH = "high"
-    OVERLAP = "overlap"
-    LOST = "lost"
-    HOT = "hot"
+from forcedrop.uncertainty.calibration import frame_criteria
 
 
 @dataclass(frozen=True)
@@ -109,10 +97,6 @@ class RollBack:
     most: int = 10
 
 
-CLOSEST = 0.7
-"""Of the shortest distance in training that atoms may come to."""
-
-
 class Guard:
     """A callable for ``attach`` of any ASE dynamics or optimiser.
 
@@ -122,7 +106,8 @@ class Guard:
         band: thresholds of σ.
         spacing: steps between flagged frames, at least (calls, for a guard that was only attached).
         on_high: what to do about trouble.
-        closest: overlap, by pairs of atomic numbers, smaller first [Å]; by default :func:`closest_allowed` of the model.
+        closest: overlap, by pairs of atomic numbers, smaller first [Å]; by default
+            :func:`~forcedrop.md.astray.closest_allowed` of the model.
         cutoff: of the network [Å], by default that of the calculator's model: an atom that was in sight of another one and now
             has none within :data:`~forcedrop.graph.SIGHT` of it is lost. Without either, that is not looked at.
         temperature_limit: [K]; beyond, the run has run away. None: temperature is not looked at.
@@ -156,10 +141,14 @@ class Guard:
             raise ValueError("going back needs a temperature for the new velocities: RollBack(temperature=...)")
         self.calculator, self.atoms, self.band, self.spacing, self.on_high = calculator, atoms, band, spacing, on_high
         model = getattr(calculator, "model", None)
-        self.closest = dict(closest_allowed(atoms, getattr(model, "provenance", {})) if closest is None else closest)
-        self.cutoff: float | None = getattr(model, "cutoff", None) if cutoff is None else cutoff
-        self._finder = NeighbourFinder(max(self.closest.values(), default=0.1), skin=0.0)
-        self.temperature_limit, self.on_flag = temperature_limit, on_flag
+        self.rules = Rules(
+            sigma=band.high,
+            closest=closest_allowed(atoms.numbers, getattr(model, "provenance", {})) if closest is None else closest,
+            temperature=temperature_limit,
+            cutoff=getattr(model, "cutoff", None) if cutoff is None else cutoff,
+            criterion=band.criterion,
+        )
+        self.on_flag = on_flag
         self.flagged: list[Frame] = []
         self.events: list[Event] = []
         self._dynamics: Any = None
@@ -205,10 +194,11 @@ class Guard:
         forces = self.calculator.get_property(f"forces_{kind}", self.atoms)
         criteria = frame_criteria(forces, float(self.calculator.get_property(f"energy_{kind}", self.atoms)))
         sigma = criteria[self.band.criterion]
-        away = self._out_of_sight()
-        trouble = self._trouble(sigma, away)
+        now = Frame.from_atoms(self.atoms)
+        away = self.rules.alone(now)
+        trouble = self.rules.trouble(now, sigma, float(self.atoms.get_temperature()), away, self._away)
         if trouble is not None:
-            self._answer(Event(step, trouble[0], sigma, trouble[1]))
+            self._answer(Event(step, trouble.kind, sigma, trouble.detail))
             return
         self._away = away
         low = sigma <= self.band.low
@@ -225,28 +215,6 @@ class Guard:
         if self.on_flag is not None:
             self.on_flag(frame)
 
-    def _out_of_sight(self) -> np.ndarray | None:
-        """Return which atoms no other one sees, None if nobody knows the cutoff."""
-        if self.cutoff is None:
-            return None
-        return out_of_sight(self.atoms.positions, self.atoms.cell.array, self.atoms.pbc, self.cutoff)
-
-    def _trouble(self, sigma: float, away: np.ndarray | None) -> tuple[Kind, str] | None:
-        if not sigma <= self.band.high:  # NaN is trouble
-            return Kind.HIGH, f"{self.band.criterion} σ {sigma:.4g} above {self.band.high:.4g}"
-        overlap = find_overlap(self.atoms, self.closest, self._finder)
-        if overlap:
-            return Kind.OVERLAP, overlap
-        if away is not None and self._away is not None and (lost := np.flatnonzero(away & ~self._away)).size:
-            names = ", ".join(f"{self.atoms.symbols[i]}{i}" for i in lost[:5])
-            reach = SIGHT * (self.cutoff or 0.0)
-            return Kind.LOST, f"{names} left all others by more than {reach:.3g} Å, where σ knows nothing"
-        if self.temperature_limit is not None:
-            temperature = float(self.atoms.get_temperature())
-            if not temperature <= self.temperature_limit:
-                return Kind.HOT, f"{temperature:.0f} K above {self.temperature_limit:.0f} K"
-        return None
-
     def _answer(self, event: Event) -> None:
         """Stop, or go back if there is a frame to go back to and it was not done too often."""
         answer, safe = self.on_high, self._safe
@@ -259,7 +227,7 @@ class Guard:
         self.events.append(Event(**{**vars(event), "back_to": safe.step}))
         self.atoms.set_cell(safe.cell, scale_atoms=False)
         self.atoms.set_positions(safe.positions, apply_constraint=False)
-        self._away = self._out_of_sight()
+        self._away = self.rules.alone(Frame.from_atoms(self.atoms))
         draw_velocities(self.atoms, float(answer.temperature or 0.0), rng)
         jump(self._dynamics)
 
@@ -312,37 +280,3 @@ class _Place:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> _Place:
         return cls(values["step"], np.array(values["positions"]), np.array(values["cell"]))
-
-
-def closest_allowed(
-    atoms: Atoms, provenance: Mapping[str, Any] | None = None, share: float = CLOSEST
-) -> dict[tuple[int, int], float]:
-    """Return the distance [Å] below which two atoms overlap, by pairs of atomic numbers, the smaller first.
-
-    Args:
-        atoms: whose elements matter.
-        provenance: of a model, which knows the shortest distances of its training set; where they lack, the sum of the
-            covalent radii stands for them.
-        share: of that distance.
-    """
-    training = (provenance or {}).get("training_set", {}).get("shortest_distance", {})
-    seen = {tuple(sorted(atomic_numbers[s] for s in pair.split("-"))): distance for pair, distance in training.items()}
-    numbers = sorted({int(z) for z in atoms.numbers})
-    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
-    return {(a, b): share * seen.get((a, b), float(covalent_radii[a] + covalent_radii[b])) for a, b in pairs}
-
-
-def find_overlap(atoms: Atoms, closest: Mapping[tuple[int, int], float], finder: NeighbourFinder) -> str | None:
-    """Say which two atoms are the most too close, None if none are; the finder's cutoff must reach the largest limit."""
-    (i, j), shift, _ = finder(atoms.positions, atoms.cell.array, atoms.pbc)
-    if len(i) == 0:
-        return None
-    distance = np.linalg.norm(atoms.positions[j] - atoms.positions[i] + shift @ atoms.cell.array, axis=1)
-    z = np.sort(atoms.numbers[np.stack([i, j])], axis=0)
-    limit = np.array([closest.get((int(a), int(b)), 0.0) for a, b in z.T])
-    worst = int(np.argmin(distance / np.maximum(limit, 1e-12)))
-    if distance[worst] >= limit[worst]:
-        return None
-    a, b = int(i[worst]), int(j[worst])
-    names = f"{atoms.symbols[a]}{a} and {atoms.symbols[b]}{b}"
-    return f"{names} are {distance[worst]:.3f} Å apart, at least {limit[worst]:.3f} Å are allowed"

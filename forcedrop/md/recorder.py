@@ -13,8 +13,8 @@ import numpy as np
 from ase import Atoms
 
 from forcedrop.calculator import DropoutCalculator
-from forcedrop.calibration import difference_sigma
 from forcedrop.structures import Frame, FrameStore, write_frames
+from forcedrop.uncertainty.calibration import difference_sigma
 from forcedrop.units import GPA
 
 Row = dict[str, float]

@@ -14,7 +14,7 @@ import torch
 from ase import Atoms
 from torch import nn
 
-from forcedrop.training.checkpoint import load_plain, save_atomically
+from forcedrop.files import load_tensors, save_tensors
 
 FORMAT = 1
 FREE = ("steps",)
@@ -51,7 +51,7 @@ class Restart:
         """Write it; a reader finds the old moment or this one."""
         arrays = {name: torch.tensor(getattr(self, name)) for name in ("positions", "momenta", "cell")}
         plain = {name: value for name, value in vars(self).items() if name not in arrays}
-        save_atomically({"restart_format": FORMAT, **arrays, "json": json.dumps(plain)}, path)
+        save_tensors({"restart_format": FORMAT, **arrays, "json": json.dumps(plain)}, path)
 
     @classmethod
     def load(cls, path: Path) -> Restart:
@@ -60,7 +60,7 @@ class Restart:
         Raises:
             ValueError: if the file is not a restart file.
         """
-        values = load_plain(path)
+        values = load_tensors(path)
         if values.get("restart_format") != FORMAT:
             raise ValueError(f"{path} is not a restart file of format {FORMAT}")
         arrays = {name: values[name].numpy() for name in ("positions", "momenta", "cell")}

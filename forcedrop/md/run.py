@@ -15,6 +15,7 @@ from ase.md.md import MolecularDynamics
 from tqdm import tqdm
 
 from forcedrop.calculator import DropoutCalculator
+from forcedrop.md.astray import runaway
 from forcedrop.md.band import Band
 from forcedrop.md.ensembles import NVE, Ensemble, draw_velocities
 from forcedrop.md.guard import Event, Guard, GuardStop, RollBack, Stop
@@ -32,7 +33,8 @@ class GuardSettings:
         on_high: what to do about trouble; the temperature of a ``RollBack`` is the run's if it has none.
         spacing: time between flagged frames, at least [fs].
         check_every: steps between looks; the run's ``record_every`` if None.
-        runaway: instantaneous temperature over that of the run, beyond which it has run away; :func:`runaway` if None.
+        runaway: instantaneous temperature over that of the run, beyond which it has run away; None:
+            :func:`~forcedrop.md.astray.runaway`.
     """
 
     band: Band
@@ -57,14 +59,6 @@ class GuardSettings:
         values = {**asdict(self), "on_high": {type(self.on_high).__name__: asdict(self.on_high)}}
         values["band"]["high"] = self.band.high if np.isfinite(self.band.high) else None  # JSON knows no infinity
         return values
-
-
-def runaway(n_atoms: int) -> float:
-    r"""Return a factor of the temperature that the instantaneous one never reaches: ten standard deviations, and at least 3.
-
-    The standard deviation of the kinetic temperature of N free atoms is :math:`\sqrt{2/(3N)}` of its mean.
-    """
-    return max(3.0, 1 + 10 * float(np.sqrt(2 / (3 * n_atoms))))
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from ase.calculators.calculator import all_changes
 from torch import Tensor
 
 from forcedrop.calculator import DropoutCalculator
-from forcedrop.calibration import frame_criteria
-from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, pair_vectors
-from forcedrop.potential import READOUT_SHIFT
+from forcedrop.derive import geometry
+from forcedrop.dropout import frozen
+from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph
+from forcedrop.model import TrainedModel
 from forcedrop.potential.neighbours import sum_incoming
-from forcedrop.sampling import Prediction, draw_masks, draw_shifts
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
+from forcedrop.uncertainty.calibration import frame_criteria
+from forcedrop.uncertainty.sampling import Prediction
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class EnergyVariance:
         energy, forces, stress = (
             x.detach().to("cpu").double().numpy() for x in (samples.energy, samples.forces, samples.stress)
         )
+        energy = energy[: len(forces)]  # a bank has energies of all its functions
         deviation = energy[:, 0] - energy[:, 0].mean()
         weight = 2 * deviation / ((len(deviation) - 1) * forces.shape[1])  # these sum to 0: no means to be taken off
         return cls(
@@ -182,21 +184,22 @@ def _rebuild(model: TrainedModel, bias: Bias, settings: dict[str, Any]) -> Biase
 def force_variance(calculator: DropoutCalculator, atoms: Atoms) -> tuple[float, np.ndarray]:
     """Return the mean variance of the force components over the samples [eV²/Å²], and its gradient [eV²/Å³], shape (N, 3)."""
     potential = calculator.potential
-    finder, dtype = NeighbourFinder(potential.config.cutoff), potential.hidden_bias.dtype
+    finder, dtype = NeighbourFinder(potential.cutoff), potential.dtype
     batch = batch_graphs([build_graph(Frame.from_atoms(atoms), finder, dtype)]).to(calculator.device)
-    masks = draw_masks(potential, batch, calculator.seed, calculator.n_samples)
-    shifts = draw_shifts(potential, calculator.seed, calculator.n_samples)
-    if shifts is not None:
-        masks[READOUT_SHIFT] = shifts
-    graph, vec = potential.inputs(batch), pair_vectors(batch, 2 * potential.config.cutoff)
+    graph, vec = geometry(potential, batch)
+    samples = torch.arange(calculator.n_samples, device=calculator.device)
 
     def along(pairs: Tensor) -> Tensor:
         """From the derivative by the pair vectors to that by the positions, with a minus: see ``derive.py``."""
         return pairs.sum(1) - sum_incoming(pairs, graph.nbr, graph.reverse)
 
     def variance(vec: Tensor) -> Tensor:
-        slope = torch.func.grad(lambda v, mask: potential(v, graph, mask).sum())
-        forces = torch.func.vmap(lambda mask: along(slope(vec, mask)))(masks)
+        def energy(vec: Tensor, sample: Tensor) -> Tensor:
+            with frozen(potential, calculator.seed, sample):
+                return potential(vec, graph).sum()
+
+        slope = torch.func.grad(energy)
+        forces = torch.func.vmap(lambda sample: along(slope(vec, sample)))(samples)
         return forces.var(dim=0, correction=1).mean()
 
     with torch.enable_grad():
@@ -210,7 +213,7 @@ class Adversary:
 
     Attributes:
         frame: unlabelled, with σ in ``info``.
-        before: σ of the start by criterion, see ``forcedrop.calibration.frame_criteria``.
+        before: σ of the start by criterion, see ``forcedrop.uncertainty.calibration.frame_criteria``.
         after: σ of the end.
         energy: its energy above the start [eV].
         displacement: of the atom that moved most [Å].

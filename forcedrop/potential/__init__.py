@@ -1,23 +1,6 @@
-"""The equivariant network with dropout sites: (graph, masks) → energy per atom."""
+"""Networks: (pair vectors, neighbours) → energy per atom. ``contract.py``: what one offers; ``registry.py``: which there are."""
 
-from forcedrop.potential.network import (
-    READOUT_SHIFT,
-    DropoutRates,
-    GraphInputs,
-    Masks,
-    Potential,
-    PotentialConfig,
-    Site,
-    require_samples,
-)
+from forcedrop.potential.contract import DropoutRates, EnergyModel, Gradients, GraphInputs
+from forcedrop.potential.registry import KINDS, build, kind_of
 
-__all__ = [
-    "READOUT_SHIFT",
-    "DropoutRates",
-    "GraphInputs",
-    "Masks",
-    "Potential",
-    "PotentialConfig",
-    "Site",
-    "require_samples",
-]
+__all__ = ["KINDS", "DropoutRates", "EnergyModel", "Gradients", "GraphInputs", "build", "kind_of"]

@@ -10,7 +10,6 @@ import itertools
 import math
 
 import torch
-from scipy.integrate import lebedev_rule
 from torch import Tensor
 
 
@@ -101,6 +100,8 @@ def quadrature(degree: int) -> tuple[Tensor, Tensor]:
 
     The weights sum to 1 (the mean over the sphere). Source: Lebedev & Laikov, Dokl. Math. 59, 477 (1999), as in SciPy.
     """
+    from scipy.integrate import lebedev_rule  # a third of a second, which the import of a calculator need not wait for
+
     odd = degree if degree % 2 else degree + 1
     points, weights = lebedev_rule(odd)
     return torch.tensor(points.T.copy()), torch.tensor(weights / (4 * math.pi))

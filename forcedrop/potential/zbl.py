@@ -44,3 +44,11 @@ class ZBLRepulsion(nn.Module):
         screening = (self.coefficients * torch.exp(-self.exponents * (r / length)[..., None])).sum(-1)
         pair = Hartree * Bohr * z_i * z_j / r * screening * polynomial_cutoff(r / reach)
         return 0.5 * pair.sum(1)
+
+    def with_gradient(self, vec: Tensor, species: Tensor, nbr: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+        """Return the same and the gradient of its sum by the pair vectors [eV/Å], shape (N, M, 3)."""
+        with torch.enable_grad():
+            leaf = vec.detach().requires_grad_(True)
+            energies = self(leaf, species, nbr, cutoff)
+            (gradient,) = torch.autograd.grad(energies.sum(), leaf)
+        return energies.detach(), gradient

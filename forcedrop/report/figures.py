@@ -133,19 +133,61 @@ def training_figure(log: str | Path) -> Figure:
     with Path(log).open(encoding="utf-8") as stream:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
     minutes = np.array([row["seconds"] for row in rows]) / 60
-    second = [row["stage"] == 2 for row in rows]
     figure = Figure(figsize=(9.2, 3.8), layout="constrained")
     for axes, name, unit in zip(figure.subplots(1, 2), ("forces_meV_A", "energy_meV"), ("meV/Å", "meV"), strict=True):
         axes.plot(minutes, [row[f"train_{name}"] for row in rows], color=_GREY, lw=1, label="training")
         axes.plot(minutes, [row[f"val_{name}"] for row in rows], color=_BLUE, label="validation")
-        if any(second):
-            axes.axvline(minutes[second.index(True)], color=_RED, lw=0.8, ls="--", label="stage two")
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("time [min]")
         axes.set_ylabel(f"RMSE of {'forces' if 'forces' in name else 'energy'} [{unit}]")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def functions_figure(
+    x: np.ndarray,
+    functions: np.ndarray,
+    mean: np.ndarray,
+    sigma: np.ndarray,
+    *,
+    label: str,
+    reference: np.ndarray | None = None,
+    seen: tuple[float, float] | None = None,
+) -> Figure:
+    """Return the energies of single functions along a path, their mean with ±2σ, and beside them σ alone.
+
+    Args:
+        x: place along the path, shape (n,).
+        functions: energies above that of the mean's lowest point [eV], shape (K, n).
+        mean: the same of the mean, shape (n,).
+        sigma: of ``mean``, shape (n,).
+        label: of ``x``, with its unit.
+        reference: the reference method's energies above its own lowest point.
+        seen: range of ``x`` in the training set.
+    """
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, row in enumerate(functions):
+        left.plot(
+            x, row, color="#9cc0e7", lw=0.6, alpha=0.8, label=f"{len(functions)} functions" if not number else None
+        )
+    left.fill_between(x, mean - 2 * sigma, mean + 2 * sigma, color=_BLUE, alpha=0.15, lw=0, label="±2σ")
+    left.plot(x, mean, color=_BLUE, lw=1.6, label="their mean, the force field")
+    if reference is not None:
+        left.plot(x, reference, "o", color=_RED, ms=3, label="reference")
+        right.plot(x, np.abs(mean - reference), "o", color=_RED, ms=3, label="|error|")
+    right.plot(x, sigma, color=_BLUE, label="σ")
+    right.set_yscale("log")
+    top = float(max(mean.max(), 0.0 if reference is None else reference.max()))
+    left.set_ylim(-0.08 * top, 1.25 * top)
+    for axes, what in ((left, "energy [eV]"), (right, "σ of the energy [eV]")):
+        if seen is not None:
+            axes.axvspan(*seen, color="#eeeeee", zorder=0, label="in the training set")
+        axes.set_xlabel(label)
+        axes.set_ylabel(what)
         axes.legend(fontsize=8)
     return figure
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
+from forcedrop.model import load_model
 from forcedrop.report.figures import md_figure, training_figure
 from forcedrop.report.numbers import coverage_table, errors_table, read_rows, rows_table, summary_table
 from forcedrop.report.page import Block, Drawing, Picture, Plain, Section, Settings, Text, results_page
 from forcedrop.report.tables import describe_frames, describe_model
 from forcedrop.report.viewer import Viewer, choose_frames, look_at
 from forcedrop.structures import Frame, FrameStore, read_frames
-from forcedrop.training import load_model
 
 _MOST_ROWS = 20
 _TOLD = (  # of flagged steps

@@ -6,18 +6,22 @@ import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import Symbols
 
-from forcedrop.active.flagging import UNITS, Flags
-from forcedrop.evaluation import Evaluation
-from forcedrop.metrics import UncertaintyReport
 from forcedrop.report.labels import LABEL
-from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
+from forcedrop.uncertainty.calibration import CRITERIA
+
+if TYPE_CHECKING:  # who describes a model does not wait for what evaluates one
+    from forcedrop.active.flagging import Flags
+    from forcedrop.evaluation import Evaluation
+    from forcedrop.metrics import UncertaintyReport
+    from forcedrop.model import TrainedModel
+    from forcedrop.potential import EnergyModel
+    from forcedrop.structures import Frame
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -135,7 +139,7 @@ def ranking_csv(flags: Flags, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        names = [f"sigma_{name}" for name in UNITS]
+        names = [f"sigma_{name}" for name in CRITERIA]
         writer.writerow(["rank", "frame", "source", *names, "flagged"])
         for rank, index in enumerate(flags.ranking):
             frame = flags.frames[index]
@@ -146,16 +150,15 @@ def ranking_csv(flags: Flags, path: str | Path) -> Path:
 
 
 def describe_model(model: TrainedModel) -> str:
-    """Return what a model knows: elements, shape, dropout sites, data, calibration."""
-    config, provenance = model.potential.config, model.provenance
+    """Return what a model knows: elements, shape, what is dropped, data, calibration."""
+    provenance = model.provenance
     n_weights = sum(p.numel() for p in model.potential.parameters())
     data = provenance.get("training_set", {})
     lines = [
         f"forcedrop {provenance.get('forcedrop', '?')} model of {provenance.get('date', '?')}",
-        f"elements: {' '.join(chemical_symbols[z] for z in config.elements)}; cutoff {config.cutoff} Å",
-        f"network: {config.n_layers} layers, {config.n_channels} channels, l ≤ {config.l_max}, {n_weights} weights"
-        + (", ZBL repulsion" if config.zbl else ""),
-        "dropout sites: " + (", ".join(f"{s.name} p={s.rate:g}" for s in model.potential.sites) or "none"),
+        f"elements: {' '.join(chemical_symbols[z] for z in model.elements)}; cutoff {model.cutoff} Å",
+        f"network: {describe_network(model.potential)}, {n_weights} weights",
+        *describe_functions(model),
         f"trained on {data.get('frames', '?')} frames, {data.get('atoms', '?')} atoms (sha256 {data.get('hash', '?')[:12]})",
     ]
     shortest = data.get("shortest_distance", {})
@@ -174,10 +177,49 @@ def describe_model(model: TrainedModel) -> str:
         lines.append(
             f"calibration: {c.sentence()} of {c.n_samples} samples, on {c.n_frames} frames; then on their own: {own}"
         )
-        for name, unit in UNITS.items():
+        for name, unit in CRITERIA.items():
             median, high = c.threshold(name, 0.5), c.threshold(name, 0.95)
             lines.append(f"  {name} σ there: median {median:.4g}, 95 % below {high:.4g} {unit}")
     return "\n".join(lines)
+
+
+def describe_network(potential: EnergyModel) -> str:
+    """Return the kind of a network and its shape."""
+    if potential.kind == "ensemble":
+        members: Any = potential
+        return f"deep ensemble of {len(members.each())}: {describe_network(members.each()[0])}"
+    values = {name: value for name, value in potential.settings().items() if name != "cutoff"}
+    return f"{potential.kind} (" + ", ".join(f"{name} {value}" for name, value in values.items()) + ")"
+
+
+def describe_functions(model: TrainedModel) -> list[str]:
+    """Return what is dropped, where, at which rate, how many functions there are and how they were found."""
+    about, potential = model.uncertainty, model.potential
+    rates = {name: rate for name, rate in model.provenance.get("training_rates", {}).items() if rate}
+    trained = "dropout in training: " + (", ".join(f"{name} p={rate:g}" for name, rate in rates.items()) or "none")
+    method = about.get("method", "none")
+    if method == "exact_dropout":
+        own = "weights of each element" if about["sets"] == len(potential.elements) else "weights shared by elements"
+        line = (
+            f"{potential.n_functions} functions by exact dropout: of the {about['weights']} weights that energies are read with "
+            f"({potential.n_features} features, {own}), each function drops its own p={about['rate']:g} and has the others "
+            f"solved in closed form from {about['frames']} training frames, prior λ={about['prior']:g}, "
+            f"{about['draw']:g} × a draw of the posterior given the mask"
+        )
+        if about.get("cuts"):
+            line += f"; with {about['cuts']} sets of cut radii of pairs of elements (edge dropout)"
+    elif method == "posterior":
+        line = f"{potential.n_functions} functions: draws from the posterior of the weights that energies are read with"
+    elif method == "heads":
+        line = f"{potential.n_functions} functions: a shallow ensemble of heads that learned side by side"
+    elif method == "masks":
+        sites = ", ".join(f"{name} p={site.p:g}" for name, site in potential.inner_sites.items() if site.p)
+        line = f"{model.n_functions} functions: masks that were trained, of {sites}"
+    elif method == "ensemble":
+        line = f"{potential.n_functions} functions: the members of a deep ensemble"
+    else:
+        line = "no functions: this model cannot give error bars (`forcedrop fill` finds functions)"
+    return [trained, line]
 
 
 def describe_frames(frames: Sequence[Frame]) -> str:

@@ -1,12 +1,37 @@
-"""Structures with labels: read, check, convert units, store."""
+"""Structures with labels: read, check, convert units, store.
 
-from forcedrop.structures.checks import BadFrames, Problem, check_frames
-from forcedrop.structures.frame import Frame
-from forcedrop.structures.isolated import isolated_energies
-from forcedrop.structures.pymatgen_io import frames_from_pymatgen
-from forcedrop.structures.readers import LabelKeys, frames_from_atoms, read_checked, read_frames
-from forcedrop.structures.store import FrameStore
-from forcedrop.structures.writers import write_frames
+The names below are the menu; each is imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forcedrop.menus import lazily
+
+if TYPE_CHECKING:
+    from forcedrop.structures.checks import BadFrames, Problem, check_frames
+    from forcedrop.structures.frame import Frame
+    from forcedrop.structures.isolated import isolated_energies
+    from forcedrop.structures.pymatgen_io import frames_from_pymatgen
+    from forcedrop.structures.readers import LabelKeys, frames_from_atoms, read_checked, read_frames
+    from forcedrop.structures.store import FrameStore
+    from forcedrop.structures.writers import write_frames
+
+_MENU = {
+    "BadFrames": "forcedrop.structures.checks",
+    "Frame": "forcedrop.structures.frame",
+    "FrameStore": "forcedrop.structures.store",
+    "LabelKeys": "forcedrop.structures.readers",
+    "Problem": "forcedrop.structures.checks",
+    "check_frames": "forcedrop.structures.checks",
+    "frames_from_atoms": "forcedrop.structures.readers",
+    "frames_from_pymatgen": "forcedrop.structures.pymatgen_io",
+    "isolated_energies": "forcedrop.structures.isolated",
+    "read_checked": "forcedrop.structures.readers",
+    "read_frames": "forcedrop.structures.readers",
+    "write_frames": "forcedrop.structures.writers",
+}
 
 __all__ = [
     "BadFrames",
@@ -22,3 +47,5 @@ __all__ = [
     "read_frames",
     "write_frames",
 ]
+
+__getattr__ = lazily(__name__, _MENU)

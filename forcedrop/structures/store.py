@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 
 import forcedrop
+from forcedrop.files import whole
 from forcedrop.structures.frame import Frame
 
 FORMAT = 1
@@ -242,12 +243,11 @@ def _rebuild(
     provenance: dict[str, Any],
 ) -> None:
     """Write all frames, a block at a time, to a new file beside the old one and put it in its place."""
-    temporary = path.with_name(f".{path.name}.part")
-    _create(temporary, extra, provenance, compressed=frames.file["pos"].compression is not None)
-    with FrameStore(temporary, "a") as store:
-        for low in range(0, len(frames), _BLOCK):
-            store.append([_with_origin(frame) for frame in frames[low : low + _BLOCK]])
-    temporary.replace(path)
+    with whole(path) as temporary:
+        _create(temporary, extra, provenance, compressed=frames.file["pos"].compression is not None)
+        with FrameStore(temporary, "a") as store:
+            for low in range(0, len(frames), _BLOCK):
+                store.append([_with_origin(frame) for frame in frames[low : low + _BLOCK]])
 
 
 def _with_origin(frame: Frame) -> Frame:

@@ -1,22 +1,37 @@
-"""Training: one YAML file in, one calibrated model out."""
+"""Training: one YAML file in, one calibrated model out.
 
-from forcedrop.training.calibrate import calibrate
-from forcedrop.training.checkpoint import Committee, TrainedModel, load_model, save_model
-from forcedrop.training.config import ConfigError, TrainConfig, load_config, parse_config
-from forcedrop.training.loop import TrainingDiverged, TrainingInterrupted
-from forcedrop.training.run import train
+The names below are the menu; each is imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forcedrop.menus import lazily
+
+if TYPE_CHECKING:
+    from forcedrop.training.config import ConfigError, TrainConfig, load_config, parse_config
+    from forcedrop.training.loop import TrainingDiverged, TrainingInterrupted
+    from forcedrop.training.run import train
+
+_MENU = {
+    "ConfigError": "forcedrop.training.config",
+    "TrainConfig": "forcedrop.training.config",
+    "TrainingDiverged": "forcedrop.training.loop",
+    "TrainingInterrupted": "forcedrop.training.loop",
+    "load_config": "forcedrop.training.config",
+    "parse_config": "forcedrop.training.config",
+    "train": "forcedrop.training.run",
+}
 
 __all__ = [
-    "Committee",
     "ConfigError",
     "TrainConfig",
-    "TrainedModel",
     "TrainingDiverged",
     "TrainingInterrupted",
-    "calibrate",
     "load_config",
-    "load_model",
     "parse_config",
-    "save_model",
     "train",
 ]
+
+__getattr__ = lazily(__name__, _MENU)

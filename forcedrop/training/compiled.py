@@ -3,7 +3,7 @@
 ``torch.compile`` alone cannot train a force field: it does not differentiate twice. So the whole step, both derivatives
 included, is first traced into one flat graph of operations (``make_fx``), which is then compiled and never differentiated.
 
-Tracing is done once, for stage one. It keeps the numbers of atoms, structures and neighbour slots open and everything else fixed.
+Tracing is done once. It keeps the numbers of atoms, structures and neighbour slots open and everything else fixed.
 It remembers no conditions on them, so sizes of 1, which PyTorch treats specially (broadcasting), are left to the eager step.
 """
 
@@ -69,7 +69,7 @@ class CompiledStep:
 
     def _traceable(self, tensors: list[str], names: list[str]) -> _Flat:
         """Return the step as a function of the objective's tensors and of a batch's, that returns tensors."""
-        weights = [name for name, _ in self.objective.named_parameters()]
+        weights = [name for name, weight in self.objective.named_parameters() if weight.requires_grad]
 
         def step(*arguments: Tensor) -> list[Tensor]:
             given = dict(zip(tensors, arguments[: len(tensors)], strict=True))
@@ -110,7 +110,7 @@ def _flatten(inputs: StepInputs) -> tuple[list[Tensor], list[list[int]], list[st
     del rest["n_graphs"]  # a number would be fixed by tracing
     named = {
         **rest,
-        **{f"mask.{name}": mask for name, mask in inputs.masks.items()},
+        **({} if inputs.functions is None else {"functions": inputs.functions}),
         **{f"target.{name}": value for name, value in inputs.target._asdict().items()},
     }
     axes: list[list[int]] = []
@@ -118,15 +118,13 @@ def _flatten(inputs: StepInputs) -> tuple[list[Tensor], list[list[int]], list[st
         if name in ("ramp", "target.counts"):
             axes.append([])
         else:
-            pairs = name in ("vec", "nbr", "reverse") or (name.startswith("mask.") and name.endswith(".edges"))
-            axes.append([0, 1] if pairs else [0])
+            axes.append([0, 1] if name in ("vec", "nbr", "reverse") else [0])
     return [tensor.contiguous() for tensor in named.values()], axes, list(named)
 
 
 def _unflatten(named: dict[str, Tensor]) -> StepInputs:
     """Undo :func:`_flatten`."""
     target = Targets(**{name: named[f"target.{name}"] for name in Targets._fields})
-    masks = {name.removeprefix("mask."): value for name, value in named.items() if name.startswith("mask.")}
     n_graphs: Any = target.volume.shape[0]
     graph = GraphInputs(named["species"], named["batch"], named["nbr"], named["reverse"], n_graphs)
-    return StepInputs(named["vec"], graph, masks, target, named["ramp"])
+    return StepInputs(named["vec"], graph, named.get("functions"), target, named["ramp"])

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from forcedrop.potential import DropoutRates, kind_of
+from forcedrop.uncertainty import method_of
+from forcedrop.uncertainty.exact_dropout import ExactDropout
+from forcedrop.uncertainty.method import Method
 
 Rate = Field(ge=0.0, lt=1.0)
 
@@ -45,46 +61,87 @@ class DataSection(_Section):
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
 
 
-class ModelSection(_Section):
-    """The shape of the network."""
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The kind of a network, and its shape: the ``Shape`` of that kind."""
 
-    cutoff: float = Field(5.0, gt=0, description="[Å]")
-    n_channels: int = Field(64, ge=1)
-    n_layers: int = Field(2, ge=1)
-    l_max: int = Field(3, ge=1, le=6, description="highest l of the fields on the sphere")
-    l_message: int = Field(2, ge=1, le=6, description="highest l of what atoms send, at most l_max")
-    n_radial: int = Field(6, ge=1)
-    cutoff_power: int = Field(6, ge=1, description="of the cutoff function; the lower, the more near neighbours weigh")
-    n_hidden: int = Field(64, ge=1)
-    zbl: bool = Field(False, description="add the short-range ZBL repulsion")
-    n_heads: int = Field(
-        0, ge=0, description="readouts of a shallow ensemble, learned in stage two, instead of a posterior; 0 for none"
-    )
+    kind: str = "sphere"
+    shape: Any = field(default_factory=lambda: kind_of("sphere").Shape())
+
+    @property
+    def cutoff(self) -> float:
+        """[Å]."""
+        return float(self.shape.cutoff)
+
+
+def _checked(values: Mapping[str, Any], settings: type[Any], section: str, tag: str) -> Any:
+    """Return the settings, a dataclass, from a section of the file without its tag.
+
+    Raises:
+        ValueError: naming unknown keys with the closest valid one, and values of a wrong type or range.
+    """
+    known = [f.name for f in fields(settings)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, [tag, *known], n=1, cutoff=0.4)
+            hint = f"did you mean `{section}.{close[0]}`?" if close else f"valid are {', '.join([tag, *known])}"
+            raise ValueError(f"unknown key `{section}.{key}`; {MOVED.get(f'{section}.{key}', hint)}")
+    try:
+        return TypeAdapter(settings).validate_python(dict(values))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join([section, *map(str, item["loc"])])
+            got = f", got {item['input']!r}" if item["loc"] else ""
+            lines.append(f"`{key}`: {item['msg'].removeprefix('Value error, ')}{got}")
+        raise ValueError("; ".join(lines)) from None
+
+
+def _network(values: Any) -> Any:
+    """Read the section ``model``: ``kind`` says which network, the rest is its shape."""
+    if isinstance(values, NetworkSettings):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"must hold keys and values, got {type(values).__name__}")
+    rest = dict(values)
+    kind = rest.pop("kind", "sphere")
+    return NetworkSettings(kind, _checked(rest, kind_of(kind).Shape, "model", "kind"))
+
+
+def _method(values: Any) -> Any:
+    """Read the section ``uncertainty``: ``method`` says which, the rest are its settings."""
+    if isinstance(values, Method):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"must hold keys and values, got {type(values).__name__}")
+    rest = dict(values)
+    return _checked(rest, method_of(rest.pop("method", ExactDropout.name)), "uncertainty", "method")
+
+
+Network = Annotated[
+    Any, BeforeValidator(_network), PlainSerializer(lambda value: {"kind": value.kind, **asdict(value.shape)})
+]
+Uncertainty = Annotated[
+    Any, BeforeValidator(_method), PlainSerializer(lambda value: {"method": value.name, **asdict(value)})
+]
 
 
 class DropoutSection(_Section):
-    """Rates of the dropout sites (a site with rate 0 does not exist) and the masks that are trained.
+    """Rates of the dropout sites in training: one mask per structure and step, the same for all its atoms.
 
-    All rates are 0 unless asked for: with masks (update 0.1, readout 0.3) networks were 2 to 14 % less accurate, and the
-    spread over masks said less about the error than the posterior of the readouts does (``benchmarks/honesty.py``).
+    What is dropped at inference is a matter of ``uncertainty``. Masks on features cost accuracy: networks with update 0.1 and
+    readout 0.3 were 2 to 14 % less accurate (``benchmarks/honesty.py``).
     """
 
-    edge: float = Field(0.0, ge=0, lt=1, description="one bit per pair of atoms")
+    edge: float = Field(0.0, ge=0, lt=1, description="pairs of elements that are cut at a radius")
     message: float = Field(0.0, ge=0, lt=1, description="channels of what is sent to neighbours")
     update: float = Field(0.0, ge=0, lt=1, description="channels of what a layer adds")
     readout: float = Field(0.0, ge=0, lt=1, description="hidden channels of the last readout")
-    bank: int = Field(
-        256,
-        ge=2,
-        description="number of masks: training draws from them, inference uses the first. Fewer than channels, and "
-        "the network learns to be blind to them",
-    )
-    bank_seed: int = Field(0, description="seed of the masks; the calculator's default")
 
     @property
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> DropoutRates:
         """The rates by kind of site."""
-        return self.model_dump(exclude={"bank", "bank_seed"})
+        return DropoutRates(**self.model_dump())
 
 
 class LossSection(_Section):
@@ -97,7 +154,7 @@ class LossSection(_Section):
         0.01,
         gt=0,
         le=1,
-        description="share of the energy and stress weights at the start of stage one; grows to 1 at its end",
+        description="share of the energy and stress weights at the start; grows to 1 at the end",
     )
 
 
@@ -113,36 +170,6 @@ class OptimiserSection(_Section):
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the ones kept")
 
 
-class StageOneSection(_Section):
-    """Training on squared errors."""
-
-    epochs: int = Field(200, ge=1)
-    dropout: bool = Field(True, description="one mask of the bank per structure and step; otherwise plain")
-    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation loss")
-
-
-class StageTwoSection(_Section):
-    """Optional: training on a Gaussian likelihood of energies and forces over several masks per structure, or all heads.
-
-    Made for a plain stage one (``stage_one.dropout: false``). After one with masks it made σ worse in trials on ethanol (no
-    committed benchmark yet): it fits σ to errors on training frames, which are smaller than those on others.
-    """
-
-    epochs: int = Field(0, ge=0, description="0 leaves the stage out")
-    learning_rate_factor: float = Field(0.1, gt=0, description="of the learning rates of `optimiser`")
-    samples: int = Field(4, ge=2, description="masks per structure and step")
-    mean_weight: float = Field(1.0, ge=0, description="weight of the mean's own squared error beside the likelihood")
-    patience: int | None = Field(None, ge=1)
-
-
-class PosteriorSection(_Section):
-    """After training: regression on what was left of the labels, and a posterior, from which every sample draws weights."""
-
-    frames: int = Field(
-        1000, ge=0, description="most training frames it is summed over (fewer of large ones); 0 leaves it out"
-    )
-
-
 class TrainConfig(_Section):
     """The whole file."""
 
@@ -152,62 +179,51 @@ class TrainConfig(_Section):
         description="model whose weights are the first ones (fine-tuning), of the same `model` and `dropout` rates",
     )
     data: DataSection
-    model: ModelSection = ModelSection()
+    model: Network = Field(default_factory=NetworkSettings, description="`kind` of network, and its shape")
     dropout: DropoutSection = DropoutSection()
+    uncertainty: Uncertainty = Field(
+        default_factory=ExactDropout, description="`method` by which functions are found, and its settings"
+    )
     loss: LossSection = LossSection()
     optimiser: OptimiserSection = OptimiserSection()
-    stage_one: StageOneSection = StageOneSection()
-    stage_two: StageTwoSection = StageTwoSection()
-    posterior: PosteriorSection = PosteriorSection()
+    epochs: int = Field(200, ge=1)
+    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation loss")
     batch_size: int = Field(5, ge=1, description="structures a step, of all processes together")
     eval_batch_size: int = Field(16, ge=1)
     seed: int = 0
     workers: int = Field(0, ge=0, description="processes that prepare batches; 0 does it in the training process")
     device: str = Field("auto", description="cpu, cuda, cuda:1 … or auto")
     precision: Literal["float32", "float64"] = "float32"
-    compile: bool = Field(False, description="compile the step of stage one: minutes at the start, less time a step")
+    compile: bool = Field(False, description="compile the step: minutes at the start, less time a step")
     tf32: bool = Field(False, description="TF32 matrix products on a GPU; energies are summed in float64 either way")
     checkpoint_seconds: float = Field(60.0, ge=0, description="a resumable checkpoint at most this often")
 
     @property
-    def trains_masks(self) -> bool:
-        """Whether there are dropout sites, and a stage that trains them."""
-        return any(self.dropout.rates.values()) and (self.stage_one.dropout or self.stage_two.epochs > 0)
-
-    @property
     def gives_error_bars(self) -> bool:
-        """Whether the model will have something to sample: trained masks, or a posterior of its readouts."""
-        return self.trains_masks or self.posterior.frames > 0 or self.model.n_heads > 0
+        """Whether the model will have functions."""
+        return bool(self.uncertainty.gives_error_bars)
 
     @property
-    def n_functions(self) -> int:
-        """Number of functions that were trained as such, masks or heads; 0 if any draw will do."""
-        return self.model.n_heads or (self.dropout.bank if self.trains_masks else 0)
+    def training_functions(self) -> int | None:
+        """Of how many functions each structure of a step takes one; None for any number, 0 for the plain network."""
+        found: int | None = self.uncertainty.training_functions(list(self.dropout.model_dump().values()))
+        return found
 
     @model_validator(mode="after")
-    def _stages_fit_sites(self) -> Self:
-        sites = any(self.dropout.rates.values())
-        if self.model.n_heads:
-            if sites or not self.stage_two.epochs or self.model.n_heads < 2:
-                raise ValueError(
-                    "a shallow ensemble needs `model.n_heads` of at least 2, `stage_two.epochs` above 0, where its heads are "
-                    f"learned, and every rate in `dropout` 0; got {self.model.n_heads} heads, {self.stage_two.epochs} epochs"
-                )
-        elif self.stage_two.epochs and not sites:
-            raise ValueError(
-                "`stage_two.epochs` is above 0 but every rate in `dropout` is 0 and there are no `model.n_heads`: "
-                "nothing to sample"
-            )
-        if sites and not self.trains_masks:
-            raise ValueError(
-                "`dropout` has rates above 0 but no stage trains with masks: set `stage_one.dropout` or `stage_two.epochs`, "
-                "or every rate to 0 for a plain network"
-            )
-        if self.stage_two.samples > self.dropout.bank:
-            raise ValueError(
-                f"`stage_two.samples` must not exceed `dropout.bank`, got {self.stage_two.samples} of {self.dropout.bank}"
-            )
+    def _fits(self) -> Self:
+        _ = self.training_functions  # says what is wrong
         return self
+
+
+MOVED = {
+    "posterior": "the posterior is `uncertainty: {method: posterior, frames: …}`",
+    "stage_one": "stages are gone: `epochs` and `patience` stand by themselves",
+    "stage_two": "the second stage is gone (it made σ no better); for a shallow ensemble `uncertainty: {method: heads}`",
+    "model.n_heads": "a shallow ensemble is `uncertainty: {method: heads, functions: …}`",
+    "dropout.bank": "masks that are trained are `uncertainty: {method: masks, functions: …}`",
+    "dropout.bank_seed": "masks that are trained are `uncertainty: {method: masks, seed: …}`",
+}
+"""Where keys of earlier versions went."""
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -279,6 +295,8 @@ def explain(error: ValidationError, root: type[BaseModel], hidden: tuple[str, ..
 def _describe(item: Any, root: type[BaseModel], hidden: tuple[str, ...]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
+    if key in MOVED:
+        return f"unknown key `{key}`; {MOVED[key]}"
     if item["type"] == "extra_forbidden":
         valid = [name for name in _valid_keys(location[:-1], root) if name not in hidden]
         close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
@@ -287,7 +305,7 @@ def _describe(item: Any, root: type[BaseModel], hidden: tuple[str, ...]) -> str:
     if item["type"] == "missing":
         return f"missing key `{key}`"
     message = item["msg"].removeprefix("Value error, ")
-    where = f"`{key}`: " if key else ""
+    where = f"`{key}`: " if key and not message.startswith(("`", "unknown key `")) else ""
     return f"{where}{message}" + (f", got {item['input']!r}" if key and item["type"] != "value_error" else "")
 
 

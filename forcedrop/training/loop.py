@@ -1,6 +1,6 @@
-"""The training loop: two stages, resumable at any step to the same numbers.
+"""The training loop, resumable at any step to the same numbers.
 
-Everything random is a function of (seed, stage, epoch, step), and the learning rate of the step, so a checkpoint holds numbers
+Everything random is a function of (seed, epoch, step), and the learning rate of the step, so a checkpoint holds numbers
 and no generator: weights, averaged weights, optimiser moments, and where it was.
 
 With several processes (``parallel.py``) each has the same weights, computes the gradient of its share of the batch, and takes
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch_geometric.data import Batch
 
-from forcedrop.graph import AtomicGraph, batch_graphs, graph_loader, pair_vectors
-from forcedrop.potential import GraphInputs, Potential
-from forcedrop.sampling import draw_masks
+from forcedrop.derive import geometry
+from forcedrop.graph import AtomicGraph, Batch, batch_graphs, graph_loader, pair_vectors
+from forcedrop.potential import EnergyModel, GraphInputs
 from forcedrop.training.compiled import CompiledStep
 from forcedrop.training.config import TrainConfig
 from forcedrop.training.losses import targets
@@ -50,16 +49,16 @@ class Progress:
     """Where a training is.
 
     Attributes:
-        stage: 0 squared errors, 1 likelihood, 2 done.
-        epoch: epochs finished in this stage.
+        done: whether it is over.
+        epoch: epochs finished.
         step: steps finished in this epoch.
-        best_loss: lowest validation loss of this stage.
+        best_loss: lowest validation loss.
         best_epoch: when that was.
         seconds: time spent so far.
         history: one row an epoch.
     """
 
-    stage: int = 0
+    done: bool = False
     epoch: int = 0
     step: int = 0
     best_loss: float = math.inf
@@ -70,6 +69,21 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+
+@dataclass(eq=False)
+class Share(Batch):
+    """What one process computes of a batch.
+
+    Attributes:
+        places: of its structures in the whole batch.
+        n_whole: structures of the whole batch.
+        label_counts: energies, force components and stress components of the whole batch, shape (3,).
+    """
+
+    places: list[int]
+    n_whole: int
+    label_counts: Tensor
 
 
 class Trainer:
@@ -86,17 +100,19 @@ class Trainer:
 
     def __init__(
         self,
-        potential: Potential,
+        potential: EnergyModel,
         graphs: list[AtomicGraph],
         validation: list[AtomicGraph],
         config: TrainConfig,
         scale: float,
         world: World | None = None,
     ) -> None:
-        self.config, self.potential = config, potential
+        # masks are functions that are handed in, never drawn within a network in training mode
+        self.config, self.potential = config, potential.eval()
+        self.functions = config.training_functions
         self.graphs, self.validation = graphs, validation
-        self.device = potential.hidden_bias.device
-        self.scale = torch.tensor(scale, dtype=potential.hidden_bias.dtype, device=self.device)
+        self.device = potential.device
+        self.scale = torch.tensor(scale, dtype=potential.dtype, device=self.device)
         self.world = world or World()
         self.world.copy_from_first([*potential.parameters(), *potential.buffers()])
         self.check_every = CHECK_EVERY if self.device.type == "cuda" else 1
@@ -106,17 +122,7 @@ class Trainer:
         some = torch.randperm(len(graphs), generator=torch.Generator().manual_seed(config.seed))[:24].tolist()
         self._typical = batch_graphs([graphs[i] for i in some]).to(self.device)
         self._running: list[Tensor] = []
-        self._start_stage()
-
-    @property
-    def stage_settings(self) -> Any:
-        """Epochs, patience and learning rate of the stage that runs."""
-        return self.config.stage_two if self.progress.stage else self.config.stage_one
-
-    @property
-    def masked(self) -> bool:
-        """Whether the stage that runs trains with masks."""
-        return self.progress.stage > 0 or (self.config.stage_one.dropout and bool(self.potential.sites))
+        self._start()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,87 +130,77 @@ class Trainer:
         return math.ceil(len(self.graphs) / self.config.batch_size)
 
     @property
-    def total_epochs(self) -> int:
-        """Epochs of both stages."""
-        return self.config.stage_one.epochs + self.config.stage_two.epochs
-
-    @property
     def steps_done(self) -> int:
-        """Steps behind us, counting a finished stage in full."""
-        epochs = (0, self.config.stage_one.epochs, self.total_epochs)[self.progress.stage] + self.progress.epoch
-        return epochs * self.steps_per_epoch + self.progress.step
+        """Steps behind us; all of them once the training is over."""
+        return self.config.epochs * self.steps_per_epoch if self.progress.done else self._now
 
-    def _start_stage(self) -> None:
+    def _start(self) -> None:
         settings = self.config.optimiser
-        if self.best:
-            self.potential.load_state_dict(self.best)
         self.optimisers = make_optimisers(self.potential, settings)
         self.ema = AveragedModel(self.potential, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-        mean_weight = self.config.stage_two.mean_weight if self.progress.stage else None
-        self.objective = Objective(self.potential, self.config.loss, self.scale, mean_weight, self.world.sum)
+        self.objective = Objective(self.potential, self.config.loss, self.scale, self.config.uncertainty.seed)
         self.weights = self.objective.weights
-        compiled = self.config.compile and not self.progress.stage  # several functions at once cannot be traced (yet)
-        self.compute: Step = CompiledStep(self.objective) if compiled else eager_step(self.objective)
+        self.compute: Step = CompiledStep(self.objective) if self.config.compile else eager_step(self.objective)
         self._verdict = torch.tensor([0.0, -1.0, 0.0, 0.0], dtype=torch.float64, device=self.device)
 
     def schedule(self) -> float:
-        """Return the next step's share of the learning rates: linear warm-up, then half a cosine to 0 at the stage's end."""
-        base = self.config.stage_two.learning_rate_factor if self.progress.stage else 1.0
+        """Return the next step's share of the learning rates: linear warm-up, then half a cosine to 0 at the end."""
         warm = min(1.0, (self._now + 1) / (self.config.optimiser.warmup_steps + 1))
-        return base * warm * 0.5 * (1 + math.cos(math.pi * self._passed))
+        return warm * 0.5 * (1 + math.cos(math.pi * self._passed))
 
     def ramp(self) -> float:
-        """Return the next step's factor of the energy and stress weights: grows geometrically to 1 in stage one."""
-        return 1.0 if self.progress.stage else self.config.loss.ramp ** (1 - self._passed)
+        """Return the next step's factor of the energy and stress weights: grows geometrically to 1."""
+        return self.config.loss.ramp ** (1 - self._passed)
 
     @property
     def _now(self) -> int:
-        """Steps of the stage that are behind us."""
+        """Steps that are behind us."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     @property
     def _passed(self) -> float:
-        """The share of the stage's steps that is behind us."""
-        return self._now / (self.stage_settings.epochs * self.steps_per_epoch)
+        """The share of the steps that is behind us."""
+        return self._now / (self.config.epochs * self.steps_per_epoch)
 
     def _batch_indices(self) -> list[list[int]]:
-        """Return the structures of every batch of this epoch, in an order that depends on (seed, stage, epoch) alone."""
-        where = (self.config.seed * 2 + self.progress.stage) * 1_000_003 + self.progress.epoch
+        """Return the structures of every batch of this epoch, in an order that depends on (seed, epoch) alone."""
+        where = self.config.seed * 2_000_006 + self.progress.epoch
         order = torch.randperm(len(self.graphs), generator=torch.Generator().manual_seed(where)).tolist()
         size = self.config.batch_size
         return [order[first : first + size] for first in range(0, len(order), size)]
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Share]:
         """Yield what is left of this epoch: of every batch, this process's share.
 
-        Besides the graphs' own fields a share knows ``places``, where its structures are in the whole batch, ``n_whole``, how
-        many the whole has, and ``label_counts``, the numbers of its labels. Where there is nothing to share, a structure
-        without labels stands in.
+        Where there is nothing to share, a structure without labels stands in.
         """
         whole = self._batch_indices()[self.progress.step :]
         mine = [self.world.share(indices) or indices[:1] for indices in whole]
         pin = self.device.type == "cuda"
         loader = graph_loader(self.graphs, mine, workers=self.config.workers, pin_memory=pin)
         for indices, batch in zip(whole, loader, strict=True):
-            batch.places = self.world.share(range(len(indices))) or [0]
-            batch.n_whole = len(indices)
-            counts = self._labels[indices].sum(0)
-            batch.label_counts = counts.pin_memory() if pin else counts
             if self.world.rank >= len(indices):
-                for name in ("has_energy", "has_forces", "has_stress"):
-                    batch[name] = torch.zeros_like(batch[name])
-            yield batch.to(self.device, non_blocking=pin)
+                none = {name: torch.zeros_like(batch[name]) for name in ("has_energy", "has_forces", "has_stress")}
+                batch = replace(batch, **none)
+            counts = self._labels[indices].sum(0)
+            share = Share(
+                **vars(batch),
+                places=self.world.share(range(len(indices))) or [0],
+                n_whole=len(indices),
+                label_counts=counts.pin_memory() if pin else counts,
+            )
+            yield share.to(self.device, non_blocking=pin)
 
-    def run_step(self, batch: Batch, stop: Sequence[str] = ()) -> None:
+    def run_step(self, batch: Share, stop: Sequence[str] = ()) -> None:
         """Take one step; ``stop`` holds something once this process was asked to stop.
 
         Raises:
             TrainingDiverged: on a CPU, if the loss or the gradient is not finite; the weights are those before the step. On a
                 GPU the gradient counts as 0 from then on, until :meth:`check` raises.
         """
-        if self.masked and self._now % CENTRE_EVERY == 0:
-            vec = pair_vectors(self._typical, 2 * self.potential.config.cutoff)
-            self.potential.measure_centres(self._graph_inputs(self._typical), vec)
+        if self.functions != 0 and self._now % CENTRE_EVERY == 0:
+            graph, vec = geometry(self.potential, self._typical)
+            self.potential.measure_centres(vec, graph)
         share = self.schedule()
         for group in (g for optimiser in self.optimisers for g in optimiser.param_groups):
             group["lr"] = share * group["initial_lr"]
@@ -252,21 +248,16 @@ class Trainer:
         _, step, loss, norm = self._verdict.tolist()
         if step < 0:
             return
-        where = f"stage {self.progress.stage + 1}, epoch {self.progress.epoch + 1}, step {int(step) + 1}"
+        where = f"epoch {self.progress.epoch + 1}, step {int(step) + 1}"
         sources = ", ".join(self.graphs[i].source for i in self._batch_indices()[int(step)])
         raise TrainingDiverged(f"the loss is {loss}, its gradient's norm {norm} at {where}, in a batch of {sources}")
 
-    def _inputs(self, batch: Batch) -> StepInputs:
+    def _inputs(self, batch: Share) -> StepInputs:
         """Return what the step needs."""
         graph = self._graph_inputs(batch)
-        masks: dict[str, Tensor] = {}
-        if self.progress.stage:
-            masks = self._training_masks(batch, self.config.stage_two.samples)
-        elif self.masked:
-            masks = {name: mask[0] for name, mask in self._training_masks(batch, 1).items()}
-        vec = pair_vectors(batch, 2 * self.potential.config.cutoff)
+        vec = pair_vectors(batch, 2 * self.potential.cutoff)
         ramp = self._moved(torch.tensor(self.ramp(), dtype=vec.dtype))
-        return StepInputs(vec, graph, masks, targets(batch, batch.label_counts), ramp)
+        return StepInputs(vec, graph, self._functions(batch), targets(batch, batch.label_counts), ramp)
 
     def _graph_inputs(self, batch: Batch) -> GraphInputs:
         """Return the neighbour lists; the elements were checked when the network was made for them."""
@@ -278,21 +269,14 @@ class Trainer:
             n_graphs=batch.num_graphs,
         )
 
-    def _training_masks(self, batch: Batch, samples: int) -> dict[str, Tensor]:
-        """Return ``samples`` masks of the bank, different for each structure and step, shared by a structure's atoms."""
-        dropout, progress = self.config.dropout, self.progress
-        where = ((self.config.seed * 2 + progress.stage) * 1_000_003 + progress.epoch) * 1_000_003 + progress.step
+    def _functions(self, batch: Share) -> Tensor | None:
+        """Return the function of every atom's structure, another for each structure and step; None for the plain network."""
+        if self.functions == 0:
+            return None
+        where = (self.config.seed * 2_000_006 + self.progress.epoch) * 1_000_003 + self.progress.step
         generator = torch.Generator().manual_seed(where)
-        pick = torch.stack(
-            [torch.randperm(dropout.bank, generator=generator)[:samples] for _ in range(batch.n_whole)],
-            dim=1,
-        )
-        drawn, pick = pick[:, batch.places].unique(return_inverse=True)
-        bank = draw_masks(self.potential, batch, dropout.bank_seed, drawn.tolist())
-        pick = self._moved(pick)[:, batch.batch]
-        atoms = torch.arange(batch.num_nodes, device=self.device)
-        edges = {site.name for site in self.potential.sites if not site.n_channels}
-        return {name: mask[pick, atoms] if name in edges else mask[pick] for name, mask in bank.items()}
+        drawn = torch.randint(self.functions or 2**62, (batch.n_whole,), generator=generator)
+        return self._moved(drawn[batch.places])[batch.batch]
 
     def _moved(self, values: Tensor) -> Tensor:
         """Return the values on the device, without waiting for it."""
@@ -309,30 +293,23 @@ class Trainer:
         return Errors(energy=1e3 * math.sqrt(energy), forces=1e3 * math.sqrt(forces))
 
     def validate(self) -> Errors:
-        """Return the errors of the averaged weights on the validation set; where masks are trained, of the Monte-Carlo mean."""
+        """Return the errors of the averaged weights on the validation set; where masks are trained, of the mean of some."""
         ema: Any = self.ema.module
-        likelihood = self.progress.stage > 0
-        return validate(
-            ema, self.validation, self.config, self.scale, likelihood=likelihood, masked=self.masked, world=self.world
-        )
+        trained = bool(self.functions)
+        return validate(ema, self.validation, self.config, self.scale, functions=trained, world=self.world)
 
     def finish_epoch(self, errors: Errors) -> bool:
-        """Note the validation errors and move on; return whether the stage ended with this epoch."""
-        progress, settings = self.progress, self.stage_settings
+        """Note the validation errors and move on; return whether the training ended with this epoch."""
+        progress, patience = self.progress, self.config.patience
         if errors.loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = errors.loss, progress.epoch
             self.best = {k: v.detach().clone() for k, v in self.ema.module.state_dict().items()}
         progress.epoch, progress.step = progress.epoch + 1, 0
-        patience = settings.patience
         stale = patience is not None and progress.epoch - 1 - progress.best_epoch >= patience
-        if progress.epoch < settings.epochs and not stale:
-            return False
-        progress.stage += 1
-        if progress.stage == 1 and self.config.stage_two.epochs == 0:
-            progress.stage = 2
-        progress.epoch, progress.best_loss, progress.best_epoch = 0, math.inf, -1
-        self._start_stage()
-        return True
+        progress.done = stale or progress.epoch == self.config.epochs
+        if progress.done and self.best:
+            self.potential.load_state_dict(self.best)
+        return progress.done
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed training needs, as tensors and plain values."""
@@ -348,8 +325,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
         self.progress = Progress(**state["progress"])
-        self.best = {}
-        self._start_stage()
+        self._start()
         self.potential.load_state_dict(state["weights"])
         self.ema.load_state_dict(state["ema"])
         for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):

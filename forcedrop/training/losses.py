@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch
 
 from forcedrop.derive import Derived
+from forcedrop.graph import Batch
 from forcedrop.training.config import LossSection
 
 
@@ -88,41 +87,6 @@ def plain_loss(
     """
     energy, forces, virial = squared_errors(predicted, target, scale)
     return weights.forces * forces + ramp * (weights.energy * energy + weights.stress * virial)
-
-
-def likelihood_loss(
-    samples: Derived,
-    target: Targets,
-    weights: LossSection,
-    scale: Tensor,
-    mean_weight: float,
-    floor: float = 1e-3,
-    beta: float = 0.5,
-    reduce: Callable[[Tensor], Tensor] = lambda values: values,
-) -> Tensor:
-    r"""Return the Gaussian negative log-likelihood of mean and spread over the samples, plus the mean's squared errors.
-
-    ½(error²/σ² + ln σ²) with σ² the samples' variance (ddof 1) plus ``floor``² (in units of ``scale``), of energies per √N,
-    force components and virials per √N. Source: Lakshminarayanan, Pritzel & Blundell, NeurIPS 2017, eq. 1. Each entry is
-    weighted by :math:`\sigma^{2\beta}` over its mean, without gradient, so that entries of small σ do not drown the others
-    (Seitzer, Tavakoli, Antic & Martius, ICLR 2022, eq. 5); ``beta`` 0 is the plain likelihood.
-
-    ``reduce`` sums over the shares of a batch: the normalisers are those of the whole batch.
-    """
-    present, counts = _present(target), target.counts.clamp(min=1)
-    squares, variances = [], []
-    for error in residuals(samples, target, scale):
-        squares.append(error.mean(0).square())
-        variances.append(error.var(0, correction=1) + floor**2)
-    shares = [variance.detach() ** beta for variance in variances]
-    sums = [_sum(x.detach(), has) for x, has in zip([*shares, *squares], [*present, *present], strict=True)]
-    mean_shares, mean_squares = (reduce(torch.stack(sums)).unflatten(0, (2, 3)) / counts).unbind()
-    loss = scale.new_zeros(())
-    for k, weight in enumerate((weights.energy, weights.forces, weights.stress)):
-        nll = 0.5 * (squares[k] / variances[k] + variances[k].log()) * shares[k] / mean_shares[k].clamp(min=1e-12)
-        own = mean_weight * squares[k] / mean_squares[k].clamp(min=floor**2)
-        loss = loss + weight * _sum(nll + own, present[k]) / counts[k]
-    return loss
 
 
 def _present(target: Targets) -> tuple[Tensor, Tensor, Tensor]:

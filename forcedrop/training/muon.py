@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forcedrop.potential import Potential
+from forcedrop.potential import EnergyModel
 from forcedrop.training.config import OptimiserSection
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -90,16 +90,18 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a weight is a map between channels, at least 6 to 6: those are Muon's, the rest is Adam's."""
-    return parameter.ndim == 2 and min(parameter.shape) > 4 and not name.endswith(("species.weight", "heads"))
+    return parameter.ndim == 2 and min(parameter.shape) > 4 and not name.endswith(("species.weight", "correction.bank"))
 
 
-def make_optimisers(potential: Potential, settings: OptimiserSection) -> list[torch.optim.Optimizer]:
+def make_optimisers(potential: EnergyModel, settings: OptimiserSection) -> list[torch.optim.Optimizer]:
     """Return the optimisers of all weights: Adam, and Muon for the maps between channels if ``settings`` say so."""
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in potential.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (matrices if settings.muon and is_matrix(name, parameter) else rest).append(parameter)
-    decay, fused = settings.weight_decay, potential.hidden_bias.dtype == torch.float32
+    decay, fused = settings.weight_decay, potential.dtype == torch.float32
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=settings.adam_learning_rate, amsgrad=True, weight_decay=decay, fused=fused)
     ]

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from forcedrop.devices import pick_device
 from forcedrop.training.config import ConfigError
 
 T = TypeVar("T")
@@ -73,19 +74,17 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def pick_device(name: str) -> torch.device:
+def own_device(name: str) -> torch.device:
     """Return the device that a training file names; with several processes, each one's own GPU.
 
     Raises:
-        ConfigError: if there is no such GPU, or one was named for several processes.
+        ValueError: if there is no such GPU.
+        ConfigError: if one was named for several processes.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"`device` is {name} but torch sees no GPU")
-    if _world_size() == 1 or name == "cpu":
-        return torch.device(name)
-    if name != "cuda":
+    device = pick_device(name)
+    if _world_size() == 1 or device.type == "cpu":
+        return device
+    if device != torch.device("cuda"):
         raise ConfigError(f"`device` must be cpu, cuda or auto for {_world_size()} processes, got {name}")
     place, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= found:

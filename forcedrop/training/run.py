@@ -9,9 +9,9 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,28 +22,24 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import forcedrop
-from forcedrop.graph import AtomicGraph, batch_graphs, pair_vectors
-from forcedrop.potential import DropoutRates, Potential, PotentialConfig
+from forcedrop.derive import geometry
+from forcedrop.files import load_tensors, save_tensors
+from forcedrop.graph import AtomicGraph, batch_graphs
+from forcedrop.model import TrainedModel, load_model, save_model
+from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame
-from forcedrop.training.calibrate import calibrate
-from forcedrop.training.checkpoint import (
-    TrainedModel,
-    load_model,
-    load_plain,
-    save_atomically,
-    save_model,
-)
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
-from forcedrop.training.parallel import World, joined, pick_device
-from forcedrop.training.posterior import fit_posterior
+from forcedrop.training.parallel import World, joined, own_device
 from forcedrop.training.validate import Errors
+from forcedrop.uncertainty.calibrate import calibrate
+from forcedrop.uncertainty.method import Labels, find_functions
 
 CHECKPOINT, MODEL, LOG = "last.pt", "model.pt", "log.csv"
 _COLUMNS = (
-    "stage", "epoch", "seconds", "schedule", "train_energy_meV", "train_forces_meV_A", "val_energy_meV",
-    "val_energy_meV_atom", "val_forces_meV_A", "val_stress_meV_A3", "val_loss", "val_z2",
+    "epoch", "seconds", "schedule", "train_energy_meV", "train_forces_meV_A", "val_energy_meV",
+    "val_energy_meV_atom", "val_forces_meV_A", "val_stress_meV_A3", "val_loss",
 )  # fmt: skip
 
 
@@ -62,9 +58,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
         TrainingDiverged: if the loss is not a number; the message names the frames.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a resumable checkpoint was written.
     """
-    with joined(pick_device(config.device)) as world, _matrix_products("high" if config.tf32 else "highest"):
+    with joined(own_device(config.device)) as world, _matrix_products("high" if config.tf32 else "highest"):
         trainer, data = _prepare(config, resume, world)
-        _run_stages(trainer, config, content_hash(data.split.train), resume)
+        _run(trainer, config, content_hash(data.split.train), resume)
         try:
             if world.first:
                 return _finish(trainer, config, data)
@@ -108,44 +104,48 @@ def build_trainer(config: TrainConfig, data: Prepared, world: World | None = Non
     cutoff, quiet = config.model.cutoff, not world.first
     graphs = build_graphs(data.split.train, cutoff, dtype, "neighbour lists", quiet)
     validation = build_graphs(data.split.validation, cutoff, dtype, "validation lists", quiet)
-    potential = build_potential(config, data, graphs, pick_device(config.device), dtype)
+    potential = build_potential(config, data, graphs, own_device(config.device), dtype)
     return Trainer(potential, graphs, validation, config, data.energy_scale, world)
 
 
 def build_potential(
     config: TrainConfig, data: Prepared, graphs: list[AtomicGraph], device: torch.device, dtype: torch.dtype
-) -> Potential:
+) -> EnergyModel:
     """Return a network with random weights from the seed, norms and energy offsets measured on training data; or the start's."""
-    shape = PotentialConfig(
-        elements=data.elements,
-        dropout=DropoutRates(**config.dropout.rates),
-        **config.model.model_dump(),
-    )
     if config.start is not None:
         given = data.isolated if config.data.isolated_atoms is not None else {}
-        return _start_weights(config.start, shape, given, device, dtype)
+        potential = _start_weights(config, data.elements, given, device, dtype)
+        potential.set_rates(config.dropout.rates)
+        config.uncertainty.prepare(potential)
+        return potential
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        potential = Potential(shape, data.isolated, data.energy_scale).to(dtype)
+        shape = asdict(config.model.shape)
+        potential = build(config.model.kind, shape, data.elements, data.isolated, data.energy_scale).to(dtype)
+    potential.eval().set_rates(config.dropout.rates)
+    config.uncertainty.prepare(potential)
     generator = torch.Generator().manual_seed(config.seed)
     pick = torch.randperm(len(graphs), generator=generator)[:64].tolist()
     batch = batch_graphs([graphs[i] for i in pick])
-    vec = pair_vectors(batch, 2 * shape.cutoff)
-    potential.measure_norms(batch, vec)
+    graph, vec = geometry(potential, batch)
+    potential.measure(vec, graph)
     with torch.no_grad():
-        local = potential(vec, potential.inputs(batch)).double()
+        local = potential(vec, graph).double()
     already = local.new_zeros(batch.num_graphs).index_add(0, batch.batch, local)
     frames = [data.split.train[i] for i in pick]
     bias = residual_bias(frames, data.elements, data.isolated, already.numpy())
-    with torch.no_grad():
-        potential.species_bias[:, 0] = torch.as_tensor(bias / data.energy_scale, dtype=dtype)
+    potential.offset(torch.as_tensor(bias / data.energy_scale, dtype=dtype))
     return potential.to(device)
 
 
 def _start_weights(
-    path: Path, shape: PotentialConfig, isolated: Mapping[int, float], device: torch.device, dtype: torch.dtype
-) -> Potential:
-    """Return the network of a model as its training left it, without what was found afterwards (posterior, regression).
+    config: TrainConfig,
+    elements: Sequence[int],
+    isolated: Mapping[int, float],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> EnergyModel:
+    """Return the network of a model as its training left it, without what was found afterwards (regression, functions).
 
     Norms, unit and energies of isolated atoms are the model's: its weights mean nothing without them.
 
@@ -153,22 +153,24 @@ def _start_weights(
         ConfigError: if it has another shape than is asked for, does not know an element, or counts energies from others than
             ``isolated``.
     """
-    potential = load_model(path, device).potential.to(dtype)
-    own = replace(potential.config, elements=shape.elements)
-    if own != shape:
-        differ = [name for name, value in vars(shape).items() if getattr(own, name) != value]
+    path: Any = config.start
+    potential, wanted = load_model(path, device).potential.to(dtype), config.model
+    own = {"kind": potential.kind, **potential.settings()}
+    asked = {"kind": wanted.kind, **asdict(wanted.shape)}
+    if own != asked:
+        differ = [name for name, value in asked.items() if own.get(name) != value]
         raise ConfigError(f"`start`: {path} has other settings; these differ: {', '.join(differ)}")
-    if missing := sorted(set(shape.elements) - set(potential.config.elements)):
+    if missing := sorted(set(elements) - set(potential.elements)):
         symbols = ", ".join(chemical_symbols[z] for z in missing)
         raise ConfigError(f"`start`: {path} does not know {symbols}, which the training data hold")
-    own_zero = dict(zip(potential.config.elements, potential.isolated.tolist(), strict=True))
+    own_zero = dict(zip(potential.elements, potential.isolated.tolist(), strict=True))
     for z, energy in isolated.items():
         if z in own_zero and abs(own_zero[z] - energy) > 1e-3:
             raise ConfigError(
                 f"`start`: {path} counts from {own_zero[z]:.6g} eV for an isolated {chemical_symbols[z]}, "
                 f"`data.isolated_atoms` says {energy:.6g}: its energies cannot be continued with these"
             )
-    potential.posterior = potential.refit = None
+    potential.forget_functions()
     return potential
 
 
@@ -182,8 +184,8 @@ def _warn_of_start(config: TrainConfig) -> None:
         )
 
 
-def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
-    """Run what is left of both stages; the first process shows a progress bar and writes logs and checkpoints."""
+def _run(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
+    """Run what is left; the first process shows a progress bar and writes logs and checkpoints."""
     out, start, before = config.output, time.monotonic(), trainer.progress.seconds
     last_saved, first = start, trainer.world.first
 
@@ -193,20 +195,19 @@ def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: b
             state = {
                 "settings": _settings(config),
                 "data_hash": data_hash,
-                "elements": list(trainer.potential.config.elements),
+                "elements": list(trainer.potential.elements),
                 "trainer": trainer.state_dict(),
             }
-            save_atomically(state, out / CHECKPOINT)
+            save_tensors(state, out / CHECKPOINT)
 
-    total = trainer.total_epochs * trainer.steps_per_epoch
+    total = config.epochs * trainer.steps_per_epoch
     bar = tqdm(total=total, initial=trainer.steps_done, unit="step", smoothing=0.05, disable=not first)
     errors = Errors()
     board_or_none = SummaryWriter(str(out / "tensorboard")) if first else nullcontext()
     with bar, board_or_none as board, _stop_signals() as stop:
         if not resume:
             save()
-        while trainer.progress.stage < 2:
-            stage = trainer.progress.stage
+        while not trainer.progress.done:
             for batch in trainer.batches():
                 try:
                     trainer.run_step(batch, stop)
@@ -225,29 +226,29 @@ def _run_stages(trainer: Trainer, config: TrainConfig, data_hash: str, resume: b
             rate, seconds = trainer.schedule(), before + time.monotonic() - start
             fitted, errors = trainer.training_errors(), trainer.validate()
             epoch = trainer.progress.epoch
-            row = _row(stage, epoch, seconds, rate, fitted, errors)
+            row = _row(epoch, seconds, rate, fitted, errors)
             trainer.progress.history.append(row)
             if board is not None:
-                _log(out, board, trainer.progress.history, epoch + stage * config.stage_one.epochs)
-            bar.set_postfix_str(_postfix(stage, fitted, errors))
+                _log(out, board, trainer.progress.history, epoch)
+            bar.set_postfix_str(_postfix(fitted, errors))
             if trainer.finish_epoch(errors):
                 save()
-                bar.n = trainer.steps_done  # a stage that stopped early leaves steps out
+                bar.n = trainer.steps_done  # one that stopped early leaves steps out
 
 
 def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedModel:
-    """Calibrate the best weights and write the model."""
-    potential = trainer.potential.eval()
+    """Find the functions of the best weights, calibrate them, and write the model."""
+    potential, method = trainer.potential.eval(), config.uncertainty
     model = TrainedModel(
         potential=potential,
-        bank=config.n_functions,
-        bank_seed=config.dropout.bank_seed,
+        uncertainty={"method": "none"},
         provenance={
             "forcedrop": forcedrop.__version__,
             "torch": str(torch.__version__),
             "machine": platform.machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": _settings(config),
+            "training_rates": asdict(config.dropout.rates),
             "training_set": {
                 "hash": content_hash(data.split.train),
                 **ranges(data.split.train, trainer.graphs, data.elements),
@@ -260,22 +261,17 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
             "last_epoch": dict(trainer.progress.history[-1]),
         },
     )
-    save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
-    if config.posterior.frames and potential.heads is None:
-        mean, potential.posterior = fit_posterior(
-            potential,
-            trainer.graphs,
-            trainer.validation,
-            frames=config.posterior.frames,
-            with_stress=config.loss.stress > 0,
-        )
-        if not potential.sites:  # masks would act on what the regression found without them
-            potential.refit = mean
-        save_model(model, config.output / MODEL)
-    if data.split.calibration and potential.has_samples:
+    if not method.keeps_masks:  # masks belonged to the training
+        potential.set_rates(DropoutRates())
+    if method.name != "heads":
+        save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
+    labels = Labels(trainer.graphs, trainer.validation, stress=config.loss.stress > 0)
+    model.uncertainty = find_functions(potential, method, labels)
+    save_model(model, config.output / MODEL)
+    if data.split.calibration and method.gives_error_bars:
         held = build_graphs(data.split.calibration, config.model.cutoff, model.dtype, "calibration lists")
         try:
-            model.calibration = calibrate(model, held)
+            model.calibration = calibrate(potential, held, seed=model.seed)
         except ValueError as error:
             raise ValueError(
                 f"{config.output / MODEL} was written, but could not be calibrated: {error}. Spreads of 0 mean that the "
@@ -299,7 +295,7 @@ def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     path = config.output / CHECKPOINT
     if not path.exists():
         return None
-    state = load_plain(path)
+    state = load_tensors(path)
     if state["settings"] != _settings(config):
         old, new = json.loads(state["settings"]), json.loads(_settings(config))
         differ = [key for key in new if old.get(key) != new[key]]
@@ -339,10 +335,10 @@ def _stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def _row(stage: int, epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors) -> dict[str, float]:
+def _row(epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors) -> dict[str, float]:
     values = (
-        stage + 1, epoch + 1, round(seconds, 2), rate, fitted.energy, fitted.forces, errors.energy,
-        errors.energy_per_atom, errors.forces, errors.stress, errors.loss, errors.z2,
+        epoch + 1, round(seconds, 2), rate, fitted.energy, fitted.forces, errors.energy,
+        errors.energy_per_atom, errors.forces, errors.stress, errors.loss,
     )  # fmt: skip
     return dict(zip(_COLUMNS, values, strict=True))
 
@@ -353,16 +349,15 @@ def _log(out: Path, board: SummaryWriter, history: list[dict[str, float]], epoch
         writer = csv.DictWriter(stream, _COLUMNS)
         writer.writeheader()
         writer.writerows(history)
-    for name in _COLUMNS[3:]:
+    for name in _COLUMNS[2:]:
         board.add_scalar(name, history[-1][name], epoch)
 
 
-def _postfix(stage: int, fitted: Errors, errors: Errors) -> str:
-    text = (
-        f"stage {stage + 1} | train F {fitted.forces:.1f} meV/Å, E {fitted.energy:.1f} meV"
+def _postfix(fitted: Errors, errors: Errors) -> str:
+    return (
+        f"train F {fitted.forces:.1f} meV/Å, E {fitted.energy:.1f} meV"
         f" | val F {errors.forces:.1f}, E {errors.energy:.1f} ({errors.energy_per_atom:.2f}/atom)"
     )
-    return text + (f" | z² {errors.z2:.2f}" if stage else "")
 
 
 def _describe(data: Prepared) -> None:

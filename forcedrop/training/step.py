@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from forcedrop.derive import Derived, derive_pairs, derive_pairs_samples
-from forcedrop.potential import READOUT_SHIFT, GraphInputs, Potential
-from forcedrop.sampling import reduce_samples
+from forcedrop.derive import Derived, derive_pairs
+from forcedrop.dropout import frozen
+from forcedrop.potential import EnergyModel, GraphInputs
 from forcedrop.training.config import LossSection
-from forcedrop.training.losses import Targets, likelihood_loss, plain_loss, squared_errors
+from forcedrop.training.losses import Targets, plain_loss, squared_errors
 
 
 class StepInputs(NamedTuple):
@@ -21,14 +22,14 @@ class StepInputs(NamedTuple):
     Attributes:
         vec: pair vectors [Å], shape (N, M, 3).
         graph: the neighbour lists.
-        masks: by site; in stage two with the sample axis first; empty for the plain network.
+        functions: index of the function that each atom's structure takes, shape (N,); None for the plain network.
         target: the labels.
         ramp: factor of the weights of energy and stress, a tensor without dimensions.
     """
 
     vec: Tensor
     graph: GraphInputs
-    masks: dict[str, Tensor]
+    functions: Tensor | None
     target: Targets
     ramp: Tensor
 
@@ -50,49 +51,35 @@ Step = Callable[[StepInputs], StepResult]
 
 
 class Objective(nn.Module):
-    """What a stage minimises, as a module, so that its weights can be handed in from outside.
+    """What is minimised, as a module, so that its weights can be handed in from outside.
 
     Args:
         potential: the network.
         loss: weights of the terms.
         scale: unit of the errors [eV/Å], a tensor without dimensions.
-        mean_weight: of stage two, see ``likelihood_loss``; None for squared errors.
-        reduce: sums over the shares of a batch.
+        seed: of the functions.
     """
 
     scale: Tensor
 
-    def __init__(
-        self,
-        potential: Potential,
-        loss: LossSection,
-        scale: Tensor,
-        mean_weight: float | None = None,
-        reduce: Callable[[Tensor], Tensor] = lambda values: values,
-    ) -> None:
+    def __init__(self, potential: EnergyModel, loss: LossSection, scale: Tensor, seed: int = 0) -> None:
         super().__init__()
-        self.potential, self.loss, self.mean_weight, self.reduce = potential, loss, mean_weight, reduce
+        self.potential, self.loss, self.seed = potential, loss, seed
         self.register_buffer("scale", scale, persistent=False)
 
     @property
     def weights(self) -> list[nn.Parameter]:
         """The weights of the network."""
-        return list(self.potential.parameters())
+        return [weight for weight in self.potential.parameters() if weight.requires_grad]
 
     def forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Return the loss and, without gradient, ``StepResult.values``."""
-        vec, graph, masks, target, ramp = inputs
-        if self.mean_weight is None:
-            derived = derive_pairs(self.potential, graph, vec, target.volume, masks, create_graph=True)
-            loss = plain_loss(derived, target, self.loss, self.scale, ramp)
-            mean = Derived(*(x.detach() for x in derived))
-        else:
-            if n_heads := self.potential.config.n_heads:
-                masks = {**masks, READOUT_SHIFT: self.potential.shifts(n_heads)}
-            samples = derive_pairs_samples(self.potential, graph, vec, target.volume, masks)
-            loss = likelihood_loss(samples, target, self.loss, self.scale, self.mean_weight, reduce=self.reduce)
-            mean = reduce_samples(Derived(*(x.detach() for x in samples))).mean
-        return loss, self._values(mean, target, loss.detach())
+        vec, graph, functions, target, ramp = inputs
+        dropped = nullcontext() if functions is None else frozen(self.potential, self.seed, functions)
+        with dropped:
+            derived = derive_pairs(self.potential, graph, vec, target.volume)
+        loss = plain_loss(derived, target, self.loss, self.scale, ramp)
+        return loss, self._values(Derived(*(x.detach() for x in derived)), target, loss.detach())
 
     def _values(self, mean: Derived, target: Targets, loss: Tensor) -> Tensor:
         squares = ((mean.energy - target.energy).square() * target.has_energy).sum()

@@ -1,4 +1,4 @@
-"""Errors on held-out structures, of the plain network or of the Monte-Carlo mean."""
+"""Errors on held-out structures, of the plain network or of the mean of some functions."""
 
 from __future__ import annotations
 
@@ -9,38 +9,35 @@ import torch
 from torch import Tensor
 
 from forcedrop.derive import Derived, derive
-from forcedrop.graph import AtomicGraph, batch_graphs
-from forcedrop.potential import Potential
-from forcedrop.sampling import predict
-from forcedrop.training.checkpoint import default_samples
+from forcedrop.dropout import frozen
+from forcedrop.graph import AtomicGraph, Batch, batch_graphs
+from forcedrop.potential import EnergyModel
 from forcedrop.training.config import TrainConfig
-from forcedrop.training.losses import Targets, likelihood_loss, plain_loss, targets
+from forcedrop.training.losses import Targets, plain_loss, targets
 from forcedrop.training.parallel import World
 
 _FEW = 4
-"""Masks of the bank whose mean is validated in stage one."""
+"""Functions whose mean is validated where functions are trained."""
 
 
 @dataclass
 class Errors:
-    """Root mean square errors [meV, meV per atom, meV/Å, meV/Å³] and, with samples, the force likelihood and mean z²."""
+    """Root mean square errors [meV, meV per atom, meV/Å, meV/Å³] and the loss."""
 
     energy: float = math.nan
     energy_per_atom: float = math.nan
     forces: float = math.nan
     stress: float = math.nan
     loss: float = math.nan
-    z2: float = math.nan
 
 
 def validate(
-    potential: Potential,
+    potential: EnergyModel,
     graphs: list[AtomicGraph],
     config: TrainConfig,
     scale: Tensor,
     *,
-    likelihood: bool,
-    masked: bool,
+    functions: bool,
     world: World | None = None,
 ) -> Errors:
     """Return the errors on labelled structures, the same on every process.
@@ -50,46 +47,35 @@ def validate(
         graphs: the structures.
         config: the training file.
         scale: unit of the loss [eV/Å].
-        likelihood: whether the loss is that of stage two: as many masks as a prediction takes, and z².
-        masked: whether stage one trains masks; then the mean of the first few of them is measured.
+        functions: whether a fixed set of functions is trained; then the mean of the first few of them is measured.
         world: the processes that share the work.
     """
     world = world or World()
-    dropout, size, device = config.dropout, config.eval_batch_size, potential.hidden_bias.device
+    size, device = config.eval_batch_size, potential.device
     batches = [graphs[first : first + size] for first in range(0, len(graphs), size)]
-    sums = torch.zeros(9, dtype=torch.float64, device=device)
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
     for group in world.share(batches):
         batch = batch_graphs(group).to(device)
         target = targets(batch)
-        z2 = sums.new_zeros(())
-        if likelihood:
-            prediction = predict(
-                potential, batch, n_samples=default_samples(config.n_functions), seed=dropout.bank_seed
-            )
-            mean = prediction.mean
-            loss = likelihood_loss(prediction.samples, target, config.loss, scale, mean_weight=0.0, beta=0.0)
-            # a proper score; what is minimised, weighted, is none
-            z2 = ((mean.forces - batch.forces) / prediction.std.forces.clamp(min=1e-9)).square()
-            z2 = _sum_where(target.has_forces, z2)
-        else:
-            few = min(_FEW, dropout.bank)
-            mean = (
-                predict(potential, batch, n_samples=few, seed=dropout.bank_seed).mean
-                if masked
-                else derive(potential, batch)
-            )
-            loss = plain_loss(mean, target, config.loss, scale)
-        share = loss.detach().double() * (len(group) / len(graphs))
-        sums += torch.cat([torch.stack([share, z2]), _squares(mean, target)])
-    loss_sum, z2_sum, energy, per_atom, forces, stress, n_energy, n_forces, n_stress = world.sum(sums).tolist()
+        mean = _mean_of_few(potential, batch, config.uncertainty.seed) if functions else derive(potential, batch)
+        share = plain_loss(mean, target, config.loss, scale).detach().double() * (len(group) / len(graphs))
+        sums += torch.cat([share[None], _squares(mean, target)])
+    loss_sum, energy, per_atom, forces, stress, n_energy, n_forces, n_stress = world.sum(sums).tolist()
     return Errors(
         energy=_rms(energy, n_energy),
         energy_per_atom=_rms(per_atom, n_energy),
         forces=_rms(forces, n_forces),
         stress=_rms(stress, n_stress),
         loss=loss_sum,
-        z2=z2_sum / n_forces if likelihood and n_forces else math.nan,
     )
+
+
+def _mean_of_few(potential: EnergyModel, batch: Batch, seed: int) -> Derived:
+    found = []
+    for k in range(_FEW):
+        with frozen(potential, seed, k):
+            found.append(derive(potential, batch))
+    return Derived(*(torch.stack(x).mean(0) for x in zip(*found, strict=True)))
 
 
 def _squares(mean: Derived, target: Targets) -> Tensor:

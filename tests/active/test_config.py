@@ -39,17 +39,17 @@ def test_constant_steps() -> None:
     config = parse_active_config(values(retraining={"steps": 1000}, training=training))
     for frames, epochs in ((40, 100), (80, 50), (399, 10)):  # ⌈40/4⌉ = 10 steps an epoch
         own = config.train_config({"train": [config.state]}, config.state, frames, member=2)
-        assert own.stage_one.epochs == epochs
+        assert own.epochs == epochs
         assert own.seed == 9
     capped = parse_active_config(values(retraining={"steps": 1000, "most_epochs": 60}, training=training))
-    assert capped.train_config({"train": [config.state]}, config.state, 40).stage_one.epochs == 60
-    plain = parse_active_config(values(training={"stage_one": {"epochs": 33}}))
-    assert plain.train_config({"train": [config.state]}, config.state, 50).stage_one.epochs == 33
+    assert capped.train_config({"train": [config.state]}, config.state, 40).epochs == 60
+    plain = parse_active_config(values(training={"epochs": 33}))
+    assert plain.train_config({"train": [config.state]}, config.state, 50).epochs == 33
 
 
 def test_steps_by_round() -> None:
     config = parse_active_config(values(retraining={"steps": [1000, 500]}, training={"batch_size": 4}))
-    epochs = [config.train_config({"train": [config.state]}, config.state, 40, n).stage_one.epochs for n in (1, 2, 3)]
+    epochs = [config.train_config({"train": [config.state]}, config.state, 40, n).epochs for n in (1, 2, 3)]
     assert epochs == [100, 50, 50]
 
 
@@ -60,8 +60,8 @@ def test_fine_tuning_has_steps_and_rates_of_its_own() -> None:
     )
     first = config.train_config({"train": [config.state]}, config.state, 40)
     later = config.train_config({"train": [config.state]}, config.state, 40, start=config.state / "model.pt")
-    assert (first.stage_one.epochs, first.optimiser.learning_rate, first.start) == (100, 0.04, None)
-    assert (later.stage_one.epochs, later.start) == (20, config.state / "model.pt")
+    assert (first.epochs, first.optimiser.learning_rate, first.start) == (100, 0.04, None)
+    assert (later.epochs, later.start) == (20, config.state / "model.pt")
     assert (later.optimiser.learning_rate, later.optimiser.adam_learning_rate) == (0.02, 0.005)
 
 
@@ -81,8 +81,12 @@ def test_batches_by_round() -> None:
         ({"training": {"start": "model.pt"}}, "`training` must not hold `start`: the loop sees to it"),
         ({"training": {"data": {"calibration": ["x"]}}}, "`training` must not hold `data.calibration`"),
         ({"training": {"data": {"train": ["x"]}}}, "`training` must not hold `data.train`"),
-        ({"training": {"stage_one": {"epoch": 3}}}, "unknown key `stage_one.epoch`; did you mean `stage_one.epochs`"),
-        ({"training": {"posterior": {"frames": 0}}}, "gives no error bars to pick by"),
+        ({"training": {"epoch": 3}}, "unknown key `epoch`; did you mean `epochs`"),
+        (
+            {"training": {"stage_one": {"epochs": 3}}},
+            "unknown key `stage_one`; stages are gone: `epochs` and `patience` stand",
+        ),
+        ({"training": {"uncertainty": {"method": "none"}}}, "gives no error bars to pick by"),
         ({"training": {"data": {"calibration_fraction": 0}}}, "`training.data.calibration_fraction` must not be 0"),
         (
             {"pick": {"strategy": "best"}},

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk
 
 from forcedrop.active.config import ExploreSection
 from forcedrop.active.exploring import (
@@ -14,9 +14,7 @@ from forcedrop.active.exploring import (
     before_high,
     credible,
     explore,
-    nearest,
     plan_runs,
-    problem,
     summary,
 )
 from forcedrop.active.state import frame_key
@@ -34,21 +32,10 @@ def recorded(step: int, sigma: float = 0.5, temperature: float = 300.0, squeeze:
     return Frame.from_atoms(atoms, info=info)
 
 
-def test_nearest_by_hand() -> None:
-    assert nearest(Frame.from_atoms(Atoms("H2", [[0, 0, 0], [0, 0, 0.31]]))) == pytest.approx(0.5)  # 2 · 0.31 Å
-    assert nearest(Frame.from_atoms(Atoms("CH", [[0, 0, 0], [0, 0, 0.428]]))) == pytest.approx(0.4)  # 0.76 + 0.31
-    assert nearest(Frame.from_atoms(Atoms("H"))) == 1.0
-    wrapped = Atoms("H2", [[0.1, 0, 0], [4.79, 0, 0]], cell=[5, 5, 5], pbc=True)
-    assert nearest(Frame.from_atoms(wrapped)) == pytest.approx(0.5)
-    assert nearest(Frame.from_atoms(molecule("CH3CH2OH"))) > 0.9
-
-
-def test_problems() -> None:
-    assert problem(recorded(5), RUN, LIMITS) is None
-    assert problem(recorded(5, sigma=1.1), RUN, LIMITS) == "largest force σ 1.1 eV/Å"
-    assert problem(recorded(5, temperature=1300), RUN, LIMITS) == "1300 K in a run at 300 K"
-    assert "of the sum of their radii" in str(problem(recorded(5, squeeze=0.5), RUN, LIMITS))
-    assert problem(recorded(5, sigma=np.nan), RUN, LIMITS) == "not finite"
+def test_limits_are_rules() -> None:
+    rules = LIMITS.rules(RUN.temperature, [29])
+    assert (rules.sigma, rules.temperature, rules.cutoff) == (1.0, 1200.0, 4.0)
+    assert rules.closest == {(29, 29): pytest.approx(0.6 * 2 * 1.32)}
 
 
 def test_nothing_after_an_explosion(tmp_path) -> None:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from forcedrop.active import flag
-from forcedrop.calibration import frame_criteria
+from forcedrop.model import TrainedModel
 from forcedrop.report import ranking_csv
-from forcedrop.sampling import predict
 from forcedrop.structures import BadFrames, Frame, read_frames, write_frames
-from forcedrop.training import TrainedModel
+from forcedrop.uncertainty.calibration import frame_criteria
+from forcedrop.uncertainty.sampling import predict
 from tests.conftest import batch_of, emt_frames, ethanol
 
 
@@ -22,7 +22,7 @@ def test_ranking_against_a_loop(trained, frames, criterion: str) -> None:
     flags = flag(trained, frames, criterion=criterion, threshold=0.0, n_samples=4)
     values = []
     for frame in frames:
-        out = predict(trained.potential, batch_of([frame.to_atoms()], 4.0), n_samples=4, seed=trained.bank_seed)
+        out = predict(trained.potential, batch_of([frame.to_atoms()], 4.0), n_samples=4)
         samples = {name: x.numpy() for name, x in out.samples._asdict().items()}
         sigma = trained.calibration.sigma(
             {**samples, "energy": samples["energy"][:, 0], "stress": samples["stress"][:, 0]}, frame.z

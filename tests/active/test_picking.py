@@ -17,8 +17,8 @@ from forcedrop.active.picking import (
 )
 from forcedrop.evaluation import predict_frames
 from forcedrop.graph import pair_vectors
+from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
-from forcedrop.training import TrainedModel
 from tests.conftest import batch_of, emt_frames, ethanol, make_potential, silicon
 
 
@@ -173,7 +173,7 @@ def test_an_informative_copy_is_worth_little_and_what_is_not_flagged_nothing() -
 def test_information_is_the_spread_of_forces(trained) -> None:
     frames = emt_frames(3, seed=9)
     found = information(trained, frames, noise=0.1)
-    assert found.shape == (3, 4, 4)  # all masks of its bank
-    for gram, p in zip(found, predict_frames(trained, frames, n_samples=4), strict=True):
+    assert found.shape == (3, 16, 16)  # all functions of its bank
+    for gram, p in zip(found, predict_frames(trained, frames, n_samples=16), strict=True):
         assert np.trace(gram) == pytest.approx(np.square(p.std["forces"] / 0.1).sum(), rel=1e-6)
         np.testing.assert_allclose(gram.sum(0), 0, atol=1e-8 * np.trace(gram))  # deviations from the mean

@@ -46,7 +46,7 @@ def test_key_survives_the_store(tmp_path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
-    monkeypatch.setattr("forcedrop.active.state.os.replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("forcedrop.files.os.replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         write_json(tmp_path / "a.json", {"x": 2})
     assert read_json(tmp_path / "a.json") == {"x": 1}

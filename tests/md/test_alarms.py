@@ -3,9 +3,9 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import genpareto, norm
 
-from forcedrop.calibration import Calibration, Growth
 from forcedrop.md import autocorrelation_time, band_from_calibration, rate_for_chance
 from forcedrop.md.alarms import alarm_rate, tail_for_rate, tail_level
+from forcedrop.uncertainty.calibration import Calibration, Growth
 
 
 def autoregressive(phi: float, n: int, seed: int = 0) -> np.ndarray:

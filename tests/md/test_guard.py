@@ -15,7 +15,6 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
 from forcedrop.md import Band, Guard, GuardStop, Kind, RollBack, Stop, run_guarded
-from forcedrop.md.guard import closest_allowed
 
 
 class Scripted(EMT):
@@ -166,15 +165,6 @@ def test_nan_is_trouble() -> None:
     atoms = copper(script(np.nan))
     with pytest.raises(GuardStop):
         Guard(atoms.calc, atoms, Band(1.0))()
-
-
-def test_distances_come_from_the_training_set() -> None:
-    provenance = {"training_set": {"shortest_distance": {"H-C": 1.0, "H-H": 1.6}}}
-    closest = closest_allowed(Atoms("CHO"), provenance, share=0.5)
-    assert closest[(1, 6)] == 0.5
-    assert closest[(1, 1)] == 0.8
-    assert closest[(6, 8)] == pytest.approx(0.5 * (0.76 + 0.66))
-    assert set(closest) == {(1, 1), (1, 6), (1, 8), (6, 6), (6, 8), (8, 8)}
 
 
 def integrators(atoms: Atoms) -> dict[str, Callable[[], object]]:

@@ -16,16 +16,18 @@ from ase.io import read
 
 from forcedrop import DropoutCalculator, FrameStore, read_frames, run_md
 from forcedrop.md import NPT, NVE, NVT, Band, GuardSettings, MDRun, RollBack
-from forcedrop.training import TrainedModel
-from tests.conftest import FEATURES_ONLY, make_potential
+from forcedrop.model import TrainedModel
+from forcedrop.potential import DropoutRates
+from tests.conftest import make_potential
 
 ENSEMBLES = {"nve": NVE(), "nvt": NVT(0.02), "npt": NPT(1.0, barostat_time=300.0)}
 STEPS = 36
+RATES = DropoutRates(message=0.1, update=0.2, readout=0.5)
 
 
 @pytest.fixture(scope="module")
 def calculator() -> DropoutCalculator:
-    return DropoutCalculator(TrainedModel(make_potential(elements=(29,), rates=FEATURES_ONLY)), 2)
+    return DropoutCalculator(TrainedModel(make_potential(elements=(29,), rates=RATES)), 2)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,7 @@ def whole(calculator, settings, tmp_path_factory) -> Callable[[str], tuple[MDRun
 
     @cache
     def run(name: str) -> tuple[MDRun, float]:
+        settings(name)  # a run of its own
         before = time.perf_counter()
         done = start(calculator, settings, name, tmp_path_factory.mktemp(name))
         return done, time.perf_counter() - before
@@ -193,7 +196,7 @@ def test_a_stopped_run_stays_stopped(calculator, tmp_path) -> None:
 
 def test_other_settings_are_refused_by_name(calculator, settings, tmp_path) -> None:
     start(calculator, settings, "nvt", tmp_path, steps=6)
-    other = TrainedModel(make_potential(elements=(29,), rates=FEATURES_ONLY, seed=1))
+    other = TrainedModel(make_potential(elements=(29,), rates=RATES, seed=1))
     for changes, message in (
         ({"timestep": 1.0}, "`timestep_fs` was 2.0, now it is 1.0"),
         ({"temperature": 400.0}, "`temperature_K` was 300.0, now it is 400.0"),

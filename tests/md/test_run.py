@@ -9,9 +9,9 @@ from ase.io import read
 
 from forcedrop import DropoutCalculator, read_frames, run_md
 from forcedrop.md import NPT, NVE, NVT, Band, GuardSettings, RollBack, energy_drift
-from forcedrop.md.run import runaway
+from forcedrop.md.astray import runaway
+from forcedrop.model import TrainedModel
 from forcedrop.report import run_figure
-from forcedrop.training import TrainedModel
 from tests.conftest import ethanol, make_potential
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from e3nn import o3
 
-from forcedrop.potential.layers import SphereProducts
+from forcedrop.potential.products import SphereProducts
 from forcedrop.potential.sphere import quadrature, spherical_harmonics
 
 
@@ -49,7 +49,7 @@ def test_products_against_a_finer_rule(l_max: int, l_out: int) -> None:
         fields = torch.randn((l_max + 1) ** 2, 5, 3, generator=torch.Generator().manual_seed(0))
     finally:
         torch.set_default_dtype(torch.float32)
-    second, third = module(*(field[..., None] for field in fields.unbind(-1)))
+    second, third = module(module.on_grid(fields[..., None]))
     points, weights = quadrature(31)
     y = spherical_harmonics(points, max(l_max, l_out))
     one, two, three = (torch.einsum("gs,sn->gn", y[:, : (l_max + 1) ** 2], fields[..., k]) for k in range(3))

@@ -6,7 +6,7 @@ from ase.data import covalent_radii
 from ase.units import Bohr, Hartree
 
 from forcedrop.derive import derive
-from forcedrop.sampling import predict
+from forcedrop.uncertainty.sampling import predict
 from tests.conftest import batch_of, make_potential
 
 

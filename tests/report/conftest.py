@@ -24,7 +24,7 @@ def dynamics_folder(trained_folder: Path) -> Path:
     write_frames(trained_folder / "start.h5", emt_frames(1, seed=5))
     run(
         "md", trained_folder / "run" / "model.pt", trained_folder / "start.h5", "--output", trained_folder / "dynamics",
-        "--steps", 24, "--timestep", 2, "--record-every", 1, "--samples", 3, "--quantile", 0.5, "--temperature", 300,
+        "--steps", 24, "--timestep", 2, "--record-every", 1, "--samples", 6, "--quantile", 0.5, "--temperature", 300,
     )  # fmt: skip
     return trained_folder / "dynamics"
 

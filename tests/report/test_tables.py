@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from forcedrop.calibration import Calibration, Growth, few_samples
 from forcedrop.evaluation import compare, evaluate, predict_frames, with_uncertainties
+from forcedrop.model import TrainedModel, committee
 from forcedrop.potential import DropoutRates
 from forcedrop.report import comparison_rows, comparison_table, evaluation_table, format_table
-from forcedrop.sampling import predict
-from forcedrop.training import Committee, TrainedModel
+from forcedrop.uncertainty.calibration import Calibration, Growth, few_samples
+from forcedrop.uncertainty.sampling import predict
 from tests.conftest import batch_of, emt_frames, make_potential
 
 
 def factors(model, prediction) -> np.ndarray:
-    """The atoms' factors by the formula in ``forcedrop.calibration``."""
+    """The atoms' factors by the formula in ``forcedrop.uncertainty.calibration``."""
     c = model.calibration.curve
     mean_square = (prediction.std["forces"] ** 2).mean(1)
     few = np.sqrt(3.0 / few_samples(model.calibration.n_samples))  # of four samples
@@ -43,7 +43,7 @@ def test_evaluation_by_element_difference_and_coverage_against_loops(trained) ->
     frames = emt_frames(7, seed=4)
     z = np.array([29, 13, 29, 13])
     frames = [replace(f, z=z) for f in frames[:5]] + [replace(frames[5], z=np.array([29, 29, 29, 13])), frames[6]]
-    potential = make_potential(elements=(13, 29), rates=DropoutRates(0, 0, 0.2, 0.5))
+    potential = make_potential(elements=(13, 29), rates=DropoutRates(edge=0.3, update=0.2, readout=0.5))
     quantiles = {name: {0.5: 0.7, 0.9: 1.6} for name in ("energy", "forces", "atoms")}
     calibration = Calibration(Growth(1.5), {13: 2.0}, quantiles=quantiles)
     model = TrainedModel(potential, calibration)
@@ -121,7 +121,7 @@ def test_comparison_calibrates_all_alike_and_leaves_the_models_alone(trained) ->
     other = replace(trained, potential=deepcopy(trained.potential))
     with torch.no_grad():
         other.potential.output.weight *= 1.1
-    models = {"one": trained, "two together": Committee([trained, other])}
+    models = {"one": trained, "two together": committee([trained, other])}
     held, sets = emt_frames(6, seed=20), {"near": emt_frames(4, seed=21), "far": emt_frames(4, seed=22, scale=0.3)}
     before = trained.calibration
     found = compare(models, sets, held, n_samples=4)
@@ -151,6 +151,6 @@ class Plain:
 
 def test_a_committee_of_one_or_of_strangers_is_refused(trained) -> None:
     with pytest.raises(ValueError, match="at least two models, got 1"):
-        Committee([trained])
+        committee([trained])
     with pytest.raises(ValueError, match="same elements"):
-        Committee([trained, TrainedModel(make_potential())])
+        committee([trained, TrainedModel(make_potential())])

@@ -12,11 +12,11 @@ from forcedrop.graph import batch_graphs
 from forcedrop.potential import DropoutRates
 from forcedrop.training import parse_config
 from forcedrop.training.compiled import CompiledStep
-from forcedrop.training.loop import Trainer
+from forcedrop.training.loop import Share, Trainer
 from forcedrop.training.step import eager_step
 from tests.conftest import copper, ethanol, graph_of, make_potential, settings, silicon
 
-RATES = {"edge": 0.1, "message": 0.1, "update": 0.2, "readout": 0.5}
+RATES = {"edge": 0.3, "message": 0.1, "update": 0.2, "readout": 0.5}
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
@@ -34,9 +34,8 @@ def trainer(**shape: object) -> Trainer:
 def batch(*images: Atoms):
     graphs = [labelled(atoms, k) for k, atoms in enumerate(images)]
     made = batch_graphs(graphs)
-    made.places, made.n_whole = list(range(len(graphs))), len(graphs)
-    made.label_counts = torch.tensor([len(graphs), 3 * made.num_nodes, 6 * len(graphs)])
-    return made
+    counts = torch.tensor([len(graphs), 3 * made.num_nodes, 6 * len(graphs)])
+    return Share(**vars(made), places=list(range(len(graphs))), n_whole=len(graphs), label_counts=counts)
 
 
 def assert_equal_steps(made: Trainer, compiled: CompiledStep, tolerance: float = 1e-10) -> None:
@@ -96,10 +95,9 @@ def test_where_compilation_fails_training_goes_on_and_says_why(monkeypatch: pyte
         assert torch.equal(compiled(inputs).values, found.values)  # it warns once
 
 
-def test_the_key_compiles_stage_one() -> None:
+def test_the_key_compiles_the_step() -> None:
     graphs = [labelled(ethanol()), labelled(silicon())]
     made = Trainer(make_potential(), graphs, graphs, parse_config(settings("nowhere", compile=True)), scale=1.0)
     assert isinstance(made.compute, CompiledStep)
-    made.progress.stage = 1
-    made._start_stage()
-    assert not isinstance(made.compute, CompiledStep)
+    plain = Trainer(make_potential(), graphs, graphs, parse_config(settings("nowhere")), scale=1.0)
+    assert not isinstance(plain.compute, CompiledStep)

@@ -2,98 +2,134 @@ import pytest
 import torch
 
 from forcedrop.derive import derive
-from forcedrop.graph import graph_loader
-from forcedrop.potential import DropoutRates, Potential
-from forcedrop.sampling import draw_masks, predict
+from forcedrop.dropout import frozen
+from forcedrop.graph import batch_graphs, graph_loader
+from forcedrop.potential import DropoutRates, EnergyModel
 from forcedrop.training import parse_config
 from forcedrop.training.config import LossSection
 from forcedrop.training.loop import Trainer, TrainingDiverged
 from forcedrop.training.losses import plain_loss, targets
+from forcedrop.uncertainty.masks import Heads
+from forcedrop.uncertainty.sampling import predict
 from tests.conftest import emt_frames, graph_of, make_potential, settings
 
 
-def trainer(potential: Potential | None = None, **changes: object) -> Trainer:
+def trainer(potential: EnergyModel | None = None, values: dict | None = None, **changes: object) -> Trainer:
     frames = emt_frames(12)
     graphs = [
         graph_of(f.to_atoms(), 4.0, energy=f.energy, forces=f.forces, stress=f.stress, source=f.source) for f in frames
     ]
-    config = parse_config(settings("nowhere", **changes))
-    return Trainer(potential or make_potential(elements=(29,)), graphs[:9], graphs[9:], config, scale=1.0)
+    config = parse_config(values or settings("nowhere", **changes))
+    return Trainer(potential or make_potential((29,), config.dropout.rates), graphs[:9], graphs[9:], config, scale=1.0)
 
 
 def first_batch(made: Trainer):
     return next(iter(made.batches()))
 
 
-def test_masks_of_a_step_come_from_the_bank_one_function_per_structure() -> None:
-    made = trainer()
+MASKS = {
+    "dropout": {"edge": 0.3, "message": 0.1, "update": 0.2, "readout": 0.5},
+    "uncertainty": {"method": "masks", "functions": 4, "seed": 3},
+}
+
+
+def masked(**changes: object) -> Trainer:
+    """A training of four masks."""
+    values = settings("nowhere", **{k: v for k, v in {**MASKS, **changes}.items() if k != "uncertainty"})
+    return trainer(values={**values, "uncertainty": MASKS["uncertainty"]})
+
+
+def test_each_structure_of_a_step_takes_a_function_of_its_own() -> None:
+    made = masked()
     batch = first_batch(made)
-    masks = made._training_masks(batch, 3)
-    bank = draw_masks(made.potential, batch, 0, 4)
-    edges = {site.name for site in made.potential.sites if not site.n_channels}
-    assert edges < set(masks) == set(bank)
-    for name in set(masks) - edges:
-        assert masks[name].shape[:2] == (3, batch.num_nodes)
-        for structure in range(batch.num_graphs):
-            mine = masks[name][:, batch.batch == structure]
-            assert (mine == mine[:, :1]).all()  # shared over the structure's atoms
-            number = [int((bank[name] == row).all(1).nonzero()[0, 0]) for row in mine[:, 0]]
-            assert len({tuple(bank[name][k].tolist()) for k in number}) == len(
-                {tuple(row.tolist()) for row in mine[:, 0]}
-            )
-    again = made._training_masks(batch, 3)
-    made.progress.step += 1
-    other = made._training_masks(batch, 3)
-    assert all(torch.equal(masks[name], again[name]) for name in masks)
-    assert any(not torch.equal(masks[name], other[name]) for name in masks)
+    functions, (species, *_) = made._functions(batch), made._graph_inputs(batch)
+    assert functions.shape == species.shape
+    for structure in range(batch.num_graphs):
+        mine = functions[batch.batch == structure]
+        assert (mine == mine[0]).all()  # shared over the structure's atoms
+    again = made._functions(batch)
+    seen = set()
+    for step in range(12):
+        made.progress.step = step
+        seen |= set(made._functions(batch).tolist())
+        if step == 1:
+            assert not torch.equal(made._functions(batch), functions)
+    assert torch.equal(functions, again)
+    assert seen == {0, 1, 2, 3}
+    anything = trainer(dropout={"update": 0.2})._functions(batch)
+    assert len(set(anything.tolist()) - {0, 1, 2, 3}) == batch.num_graphs  # no bank: any mask there is
+    assert trainer()._functions(batch) is None
 
 
 @pytest.mark.parametrize("dropout", [True, False])
-def test_stage_one_minimises_the_error_of_masked_or_plain_networks(dropout: bool) -> None:
-    made = trainer(stage_one={"dropout": dropout})  # stage two trains masks in both cases
-    assert made.masked is dropout
+def test_a_step_minimises_the_error_of_masked_or_plain_networks(dropout: bool) -> None:
+    """Each structure on its own, frozen to its function."""
+    made = masked() if dropout else trainer()
     batch = first_batch(made)
-    masks = {name: mask[0] for name, mask in made._training_masks(batch, 1).items()} if dropout else None
-    expected = plain_loss(derive(made.potential, batch, masks), targets(batch), LossSection(), made.scale, ramp=0.01)
     loss = made.compute(made._inputs(batch)).values[2]
-    torch.testing.assert_close(loss, expected.detach())
+    graphs = [next(g for g in made.graphs if g.source == source) for source in batch.source]
+    parts = []
+    for number, graph in enumerate(graphs):
+        alone = batch_graphs([graph])
+        if dropout:
+            function = int(made._functions(batch)[batch.batch == number][0])
+            with frozen(made.potential, 3, function):
+                found = derive(made.potential, alone)
+        else:
+            found = derive(made.potential, alone)
+        parts.append(plain_loss(found, targets(alone), LossSection(), made.scale, ramp=0.01).detach())
+    torch.testing.assert_close(loss, torch.stack(parts).mean())
+
+
+def test_heads_learn_side_by_side_each_from_the_structures_that_take_it() -> None:
+    values = {**settings("nowhere"), "uncertainty": {"method": "heads", "functions": 5}}
+    potential = make_potential((29,), DropoutRates())
+    Heads(functions=5).prepare(potential)
+    made = trainer(potential, values=values)
+    batch = first_batch(made)
+    result = made.compute(made._inputs(batch))
+    place = [i for i, weight in enumerate(made.weights) if weight is potential.correction.bank]
+    gradient = result.gradients[place[0]].flatten(1).abs().amax(1)
+    taken = set(made._functions(batch).tolist())
+    assert {k for k in range(5) if gradient[k] > 0} == taken
+    assert len(taken) < 5
 
 
 def test_energy_and_stress_weights_grow_while_the_rate_falls() -> None:
     made, seen = trainer(optimiser={"warmup_steps": 0}, loss={"ramp": 0.01}), []
-    steps = made.config.stage_one.epochs * made.steps_per_epoch
+    steps = made.config.epochs * made.steps_per_epoch
     for done in range(steps):
         made.progress.epoch, made.progress.step = divmod(done, made.steps_per_epoch)
         seen.append((made.ramp(), made.schedule()))
     ramp, rate = zip(*seen, strict=True)
     assert ramp[0] == pytest.approx(0.01)
-    assert ramp[steps // 2] == pytest.approx(0.1, rel=1e-6)
+    assert ramp[steps // 3] == pytest.approx(0.01 ** (2 / 3), rel=1e-6)
     assert list(ramp) == sorted(ramp)
     assert list(rate) == sorted(rate, reverse=True)
-    made.progress.stage = 1
+    made.progress.epoch, made.progress.step = made.config.epochs, 0
     assert made.ramp() == 1.0
 
 
 def test_centres_are_measured_with_masks_and_left_alone_without() -> None:
     for dropout in (True, False):
-        made = trainer(stage_one={"dropout": dropout})
-        made.potential.mask.centre.zero_()
+        made = masked() if dropout else trainer()
+        site = made.potential.hidden_dropout
+        site.centre.zero_()
         made.run_step(first_batch(made))
-        assert bool(made.potential.mask.centre.any()) is dropout
-        assert torch.equal(made.ema.module.mask.centre, made.potential.mask.centre)
+        assert bool(site.centre.any()) is dropout
+        assert torch.equal(made.ema.module.hidden_dropout.centre, site.centre)
 
 
-def test_a_network_without_sites_trains_plainly() -> None:
-    plain = make_potential(elements=(29,), rates=DropoutRates(0, 0, 0, 0))
-    made = trainer(plain, dropout={"edge": 0, "update": 0, "readout": 0, "message": 0}, stage_two={"epochs": 0})
-    assert not made.masked
-    made.run_step(first_batch(made))
-
-
-def test_validation_of_stage_one_is_the_mean_of_the_first_masks() -> None:
-    made = trainer()
+def test_validation_is_of_the_plain_network_unless_masks_are_trained() -> None:
+    for dropout in ({}, {"update": 0.2}):
+        made = trainer(dropout=dropout)
+        (batch,) = graph_loader(made.validation, [[0, 1, 2]])
+        found = derive(made.potential, batch)
+        expected = 1e3 * float((found.forces - batch.forces).square().mean().sqrt())
+        assert made.validate().forces == pytest.approx(expected)
+    made = masked()  # the mean of the first few of them
     (batch,) = graph_loader(made.validation, [[0, 1, 2]])
-    mean = predict(made.potential, batch, n_samples=4, seed=0).mean
+    mean = predict(made.potential, batch, n_samples=4, seed=3).mean
     expected = 1e3 * float((mean.forces - batch.forces).square().mean().sqrt())
     assert made.validate().forces == pytest.approx(expected)
 
@@ -117,7 +153,7 @@ def test_a_bad_gradient_that_is_noticed_later_counts_as_zero() -> None:
         made.run_step(batch, ["SIGTERM"] if number == 3 else ())
         assert made.check_due is (number in (4, 5))
     assert all(torch.isfinite(w).all() for w in made.potential.parameters())
-    with pytest.raises(TrainingDiverged, match=f"loss is nan.*stage 1, epoch 1, step 2, in a batch of {sources}"):
+    with pytest.raises(TrainingDiverged, match=f"loss is nan.*epoch 1, step 2, in a batch of {sources}"):
         made.check()
 
 

@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 
-from forcedrop.derive import Derived, derive
+from forcedrop.derive import derive
 from forcedrop.graph import batch_graphs
 from forcedrop.training.config import LossSection
-from forcedrop.training.losses import likelihood_loss, plain_loss, targets
+from forcedrop.training.losses import plain_loss, targets
 from tests.conftest import ethanol, graph_of, make_potential, silicon
 
 SCALE = torch.tensor(0.7, dtype=torch.float64)
@@ -33,15 +32,11 @@ def test_missing_labels_do_not_count() -> None:
     assert float(plain_loss(out, targets(batch(False)), LossSection(), SCALE)) == 0.0
 
 
-def test_likelihood_against_scipy() -> None:
+def test_the_ramp_is_of_energy_and_stress() -> None:
     b = batch()
     out = derive(make_potential(), b)
-    generator = torch.Generator().manual_seed(0)
-    samples = Derived(*(x + 0.1 * torch.randn(6, *x.shape, generator=generator, dtype=x.dtype) for x in out))
-    got = likelihood_loss(
-        samples, targets(b), LossSection(energy=0, forces=1, stress=0), SCALE, mean_weight=0.0, beta=0.0
-    )
-    f = samples.forces[:, :9] / SCALE
-    sigma = (f.var(0, correction=1) + 1e-6).sqrt()
-    expected = -norm.logpdf(0.2 / float(SCALE), f.mean(0), sigma).mean() - 0.5 * np.log(2 * np.pi)
-    assert float(got) == pytest.approx(expected, rel=1e-9)
+    weights = LossSection(energy=2.0, forces=3.0, stress=5.0)
+    none, half, whole = (float(plain_loss(out, targets(b), weights, SCALE, ramp)) for ramp in (0.0, 0.5, 1.0))
+    forces = float(plain_loss(out, targets(b), LossSection(energy=0, forces=3.0, stress=0), SCALE))
+    assert none == pytest.approx(forces)
+    assert half == pytest.approx((none + whole) / 2)

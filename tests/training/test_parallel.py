@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
+from forcedrop.model import load_model
 from forcedrop.structures import write_frames
-from forcedrop.training import ConfigError, load_model, parse_config, train
-from forcedrop.training.parallel import World, pick_device
+from forcedrop.training import ConfigError, parse_config, train
+from forcedrop.training.parallel import World, own_device
 from tests.conftest import emt_frames, settings
 
 # what torchrun is given: a script, so that a test can poison a step in one process alone
@@ -74,7 +75,9 @@ def rows(folder: Path) -> list[list[float]]:
 def assert_same_training(one: Path, two: Path, tolerance: float = 1e-9) -> None:
     expected, found = (load_model(folder / "run" / "model.pt") for folder in (one, two))
     for name, value in expected.potential.state_dict().items():
-        torch.testing.assert_close(found.potential.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+        # what is solved from the normal equations carries their rounding on
+        own = 1e-5 * float(value.abs().max()) if name.startswith("correction") else tolerance
+        torch.testing.assert_close(found.potential.state_dict()[name], value, rtol=tolerance, atol=own)
     assert found.calibration.curve.scale == pytest.approx(expected.calibration.curve.scale, rel=1e-7)
     assert rows(one) == [pytest.approx(row, rel=1e-7, nan_ok=True) for row in rows(two)]
 
@@ -92,8 +95,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 def changes(**more: object) -> dict:
     return {
-        "batch_size": 3, "eval_batch_size": 1, "dropout": {"edge": 0.1, "message": 0.1}, "stage_one": {"epochs": 2},
-        "stage_two": {"epochs": 2}, **more,
+        "batch_size": 3, "eval_batch_size": 1, "dropout": {"edge": 0.1, "message": 0.1}, "epochs": 3, **more,
     }  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def test_two_processes_train_as_one(folders: tuple[Path, Path]) -> None:
 
 def test_batches_of_one_structure_leave_a_process_without(folders: tuple[Path, Path]) -> None:
     one, two = folders
-    lonely = changes(batch_size=1, stage_one={"epochs": 1}, stage_two={"epochs": 1})
+    lonely = changes(batch_size=1, epochs=2)
     train(parse_config(settings(one, **lonely)))
     finish(start(two, settings(two, **lonely)))
     assert_same_training(one, two)
@@ -117,7 +119,7 @@ def test_batches_of_one_structure_leave_a_process_without(folders: tuple[Path, P
 
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint_to_resume_from(folders: tuple[Path, Path]) -> None:
     one, two = folders
-    epochs = changes(stage_one={"epochs": 20}, stage_two={"epochs": 0}, checkpoint_seconds=1000)
+    epochs = changes(epochs=20, checkpoint_seconds=1000)
     train(parse_config(settings(one, **epochs)))
     process = start(two, settings(two, **epochs))
     deadline = time.monotonic() + 120
@@ -141,7 +143,7 @@ def test_divergence_in_one_process_ends_both(folders: tuple[Path, Path]) -> None
     output = finish(start(two, settings(two, **changes()), poison=5))
     for rank in (0, 1):
         assert f"rank {rank}: TrainingDiverged: the loss is nan" in output
-    assert output.count("stage 1, epoch 1, step 5, in a batch of") == 2
+    assert output.count("epoch 1, step 5, in a batch of") == 2
     assert output.count(".h5#") == 6  # each names the whole batch
 
 
@@ -157,10 +159,10 @@ def test_processes_choose_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
-    assert pick_device("cpu") == torch.device("cpu")
+    assert own_device("auto") == own_device("cuda") == torch.device("cuda:1")
+    assert own_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="cpu, cuda or auto for 2 processes, got cuda:0"):
-        pick_device("cuda:0")
+        own_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="process 1 of this machine has no GPU of its own"):
-        pick_device("auto")
+        own_device("auto")

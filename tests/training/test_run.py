@@ -18,17 +18,11 @@ import yaml
 from ase import Atoms
 
 from forcedrop.evaluation import predict_frames
+from forcedrop.model import load_model
 from forcedrop.structures import BadFrames, Frame, write_frames
-from forcedrop.training import (
-    ConfigError,
-    TrainingDiverged,
-    TrainingInterrupted,
-    load_model,
-    parse_config,
-    train,
-)
+from forcedrop.training import ConfigError, TrainingDiverged, TrainingInterrupted, parse_config, train
 from forcedrop.training.loop import Trainer
-from tests.conftest import emt_frames, settings
+from tests.conftest import SMALL, emt_frames, settings
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -48,15 +42,17 @@ def folder(tmp_path: Path) -> Path:
 
 def test_it_learns_and_says_what_it_did(trained_folder: Path) -> None:
     rows = log(trained_folder)
-    assert [(r["stage"], r["epoch"]) for r in rows] == [("1", str(e + 1)) for e in range(40)] + [
-        ("2", str(e + 1)) for e in range(6)
-    ]
+    assert [r["epoch"] for r in rows] == [str(e + 1) for e in range(46)]
+    assert set(rows[0]) & {"stage", "val_z2"} == set()
     force_rms = 1e3 * np.sqrt(np.mean([f.forces**2 for f in emt_frames(40)]))
     assert float(rows[-1]["val_forces_meV_A"]) < 0.3 * force_rms
-    assert float(rows[39]["val_stress_meV_A3"]) < float(rows[0]["val_stress_meV_A3"])
+    assert float(rows[-1]["val_stress_meV_A3"]) < float(rows[0]["val_stress_meV_A3"])
     model = load_model(trained_folder / "run" / "model.pt")
     assert model.calibration is not None
     assert model.calibration.n_frames == 4
+    assert model.uncertainty.items() >= {"method": "exact_dropout", "functions": 16, "seed": 0, "frames": 20}.items()
+    assert model.potential.n_functions == model.calibration.n_samples == 16
+    assert model.potential.centred
     assert model.provenance["training_set"]["frames"] == 32
     assert model.provenance["training_set"]["shortest_distance"]["Cu-Cu"] < 2.6
     split = json.loads((trained_folder / "run" / "split.json").read_text())
@@ -80,28 +76,29 @@ class _StopAt:
         monkeypatch.setattr(Trainer, "run_step", counted)
 
 
-@pytest.mark.parametrize(("step", "number"), [(8, signal.SIGINT), (37, signal.SIGTERM)])
+@pytest.mark.parametrize(("step", "number", "masks"), [(8, signal.SIGINT, False), (37, signal.SIGTERM, True)])
 def test_resume_gives_the_numbers_of_an_uninterrupted_training(
-    folder: Path, tmp_path_factory, monkeypatch, step: int, number: signal.Signals
+    folder: Path, tmp_path_factory, monkeypatch, step: int, number: signal.Signals, masks: bool
 ) -> None:
-    """Stopped within an epoch of stage one (step 8) and of stage two (step 37 of 5 x 9)."""
+    """Stopped within an epoch (of 9 x 5 steps), without dropout and with every site."""
     other = tmp_path_factory.mktemp("whole")
+    dropped = {"dropout": {"edge": 0.3, "message": 0.1, "update": 0.1, "readout": 0.3}} if masks else {}
     write_frames(other / "train.h5", emt_frames(24))
-    train(parse_config(settings(other)))
+    train(parse_config(settings(other, **dropped)))
     with monkeypatch.context() as patch:
         _StopAt(patch, step, number)
         with pytest.raises(TrainingInterrupted, match=f"stopped by {number.name}"):
-            train(parse_config(settings(folder)))
+            train(parse_config(settings(folder, **dropped)))
     assert not (folder / "run" / "model.pt").exists()
     torch.rand(7)
-    train(parse_config(settings(folder)), resume=True)
+    train(parse_config(settings(folder, **dropped)), resume=True)
     assert log(folder) == log(other)
     for name, value in weights(other).items():
         assert torch.equal(value, weights(folder)[name]), name
 
 
 def test_kill_leaves_a_resumable_checkpoint(folder: Path) -> None:
-    config = settings(folder, stage_one={"epochs": 500}, checkpoint_seconds=0)
+    config = settings(folder, epochs=500, checkpoint_seconds=0)
     (folder / "t.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "forcedrop", "train", str(folder / "t.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -112,7 +109,7 @@ def test_kill_leaves_a_resumable_checkpoint(folder: Path) -> None:
     process.wait()
     state = torch.load(folder / "run" / "last.pt", weights_only=True)
     assert state["trainer"]["progress"]["epoch"] + state["trainer"]["progress"]["step"] > 0
-    with pytest.raises(ConfigError, match=r"other settings; these differ: stage_one"):
+    with pytest.raises(ConfigError, match=r"other settings; these differ: epochs"):
         train(parse_config(settings(folder, checkpoint_seconds=0)), resume=True)
 
 
@@ -141,7 +138,7 @@ def test_divergence_names_the_frames_and_keeps_the_checkpoint(folder: Path, monk
         run_step(trainer, batch, stop)
 
     monkeypatch.setattr(Trainer, "run_step", poisoned)
-    with pytest.raises(TrainingDiverged, match=r"loss is nan.*stage 1, epoch 2, step 2, in a batch of .*train\.h5#\d+"):
+    with pytest.raises(TrainingDiverged, match=r"loss is nan.*epoch 2, step 2, in a batch of .*train\.h5#\d+"):
         train(parse_config(settings(folder)))
     state = torch.load(folder / "run" / "last.pt", weights_only=True)
     assert all(torch.isfinite(v).all() for v in state["trainer"]["weights"].values())
@@ -154,25 +151,53 @@ def test_bad_frames_stop_before_training_or_are_skipped(folder: Path) -> None:
     with pytest.raises(BadFrames, match=r"bad\.xyz#0: energy: NaN"):
         train(parse_config(settings(folder, data=data)))
     assert not (folder / "run").exists()
-    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    short = {"epochs": 1}
     model = train(parse_config(settings(folder, data={**data, "skip_bad": True}, **short)))
     assert model.provenance["training_set"]["frames"] == 24 - 2 - 2  # a tenth to validate, a tenth to calibrate
 
 
-def test_a_plain_network_has_error_bars_from_the_posterior_of_its_readouts_or_none(folder: Path) -> None:
-    rates = {"edge": 0, "message": 0, "update": 0, "readout": 0}
-    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}, "dropout": rates}
-    model = train(parse_config(settings(folder, **short)))
-    assert model.potential.sites == ()
-    assert model.bank == 0
-    assert model.calibration is not None
-    found = predict_frames(model, emt_frames(2, seed=9))
-    for p in found:
+@pytest.mark.parametrize("kind", ["sphere", "painn"])
+@pytest.mark.parametrize("method", ["exact_dropout", "posterior", "heads", "masks", "none"])
+def test_every_method_gives_error_bars_to_every_kind_or_none(folder: Path, method: str, kind: str) -> None:
+    values = settings(folder, epochs=1)
+    values["model"] = {**SMALL[kind], "kind": kind}
+    values["uncertainty"] = {"method": method} | ({} if method == "none" else {"functions": 6, "seed": 3})
+    values["dropout"] = {"update": 0.1} if method == "masks" else {}
+    model = train(parse_config(values))
+    assert (model.uncertainty["method"], model.potential.kind) == (method, kind)
+    assert model.provenance["training_rates"]["update"] == values["dropout"].get("update", 0.0)
+    if method == "none":
+        assert (model.calibration, model.potential.n_functions) == (None, 0)
+        return
+    assert (model.n_functions, model.seed) == (6, 3)
+    assert model.calibration.n_samples == (64 if method == "masks" else 6)
+    for p in predict_frames(model, emt_frames(2, seed=9)):
         assert (p.sigma["forces"] > 0).all()
-        np.testing.assert_allclose(p.mean["forces"], p.plain["forces"], atol=1e-9)
-    without = train(parse_config(settings(folder, **short, posterior={"frames": 0}, output=str(folder / "none"))))
-    assert without.calibration is None
-    assert not without.potential.has_samples
+        if method != "masks":
+            np.testing.assert_allclose(p.mean["forces"], p.plain["forces"], atol=1e-9)
+
+
+def test_masks_of_training_are_gone_once_functions_are_found(folder: Path) -> None:
+    """Dropout in training and exact dropout of the plain network afterwards: two things."""
+    model = train(parse_config(settings(folder, epochs=1, dropout={"edge": 0.3, "readout": 0.2})))
+    assert not any(site.p for site in model.potential.inner_sites.values())
+    assert model.potential.centred
+    assert model.provenance["training_rates"] == {"edge": 0.3, "message": 0.0, "update": 0.0, "readout": 0.2}
+
+
+def test_a_network_without_features_asks_for_another_method_before_anything_is_lost(folder: Path, monkeypatch) -> None:
+    from forcedrop.potential.painn import PaiNN
+
+    read = PaiNN.read
+    monkeypatch.setattr(PaiNN, "add_correction", lambda self, n: None)
+    monkeypatch.setattr(PaiNN, "read", lambda self, vec, graph: (read(self, vec, graph)[0], None))
+    values = settings(folder, epochs=1)
+    values["model"] = {**SMALL["painn"], "kind": "painn"}
+    with pytest.raises(
+        ValueError, match=r"'painn' has no features .* use `uncertainty.method: masks` or a deep ensemble"
+    ):
+        train(parse_config(values))
+    assert load_model(folder / "run" / "model.pt").uncertainty == {"method": "none"}  # the weights are there
 
 
 def test_frames_train_on_the_labels_they_have(folder: Path) -> None:
@@ -193,7 +218,7 @@ def test_frames_train_on_the_labels_they_have(folder: Path) -> None:
 def test_isolated_atoms_are_found_among_the_frames(folder: Path) -> None:
     atom = Frame.from_atoms(Atoms("Cu"), energy=3.5)
     write_frames(folder / "train.h5", [*emt_frames(24), atom])
-    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}}
+    short = {"epochs": 1}
     model = train(parse_config(settings(folder, data={"isolated_atoms": None}, **short)))
     assert model.potential.isolated.tolist() == [3.5]
     assert model.provenance["training_set"]["frames"] == 20
@@ -210,18 +235,19 @@ def test_a_model_that_cannot_be_calibrated_is_not_lost(folder: Path, monkeypatch
             potential.layers[1].update.species.weight.data.zero_()
 
     monkeypatch.setattr(Trainer, "run_step", killed)
-    short = {"stage_one": {"epochs": 1}, "stage_two": {"epochs": 0}, "posterior": {"frames": 0}}
+    values = settings(folder, epochs=1, dropout={"readout": 0.3})
+    values["uncertainty"] = {"method": "masks", "functions": 8}
     with pytest.raises(
         ValueError, match=r"model\.pt was written, but could not be calibrated: \d+ of \d+ spreads are 0"
     ):
-        train(parse_config(settings(folder, **short)))
+        train(parse_config(values))
     assert load_model(folder / "run" / "model.pt").calibration is None
 
 
 def test_early_stopping(folder: Path) -> None:
-    change = {"stage_one": {"epochs": 40, "patience": 2}, "optimiser": {"learning_rate": 0.3}}
+    change = {"epochs": 40, "patience": 2, "optimiser": {"learning_rate": 0.3}}
     train(parse_config(settings(folder, **change)))
-    rows = [r for r in log(folder) if r["stage"] == "1"]
+    rows = log(folder)
     assert len(rows) < 40
     best = int(np.argmin([float(r["val_loss"]) for r in rows]))
     assert len(rows) == best + 1 + 2
@@ -243,18 +269,18 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(folder: Path, trained_fo
     rate = {"learning_rate": 1e-9, "adam_learning_rate": 1e-9, "weight_decay": 0.0}
     write_frames(folder / "held.h5", emt_frames(8, seed=8))
     data = {"calibration": [folder / "held.h5"]}
-    values = settings(folder, start=start, data=data, optimiser=rate, stage_one={"epochs": 2}, stage_two={"epochs": 0})
+    values = settings(folder, start=start, data=data, optimiser=rate, epochs=2)
     assert train(parse_config(values)).provenance["fine_tuned"] is True
     after = load_model(folder / "run" / "model.pt").potential
     for name, weight in before.named_parameters():
+        if name.startswith("correction"):
+            continue  # found anew: it is of other labels
         torch.testing.assert_close(after.get_parameter(name), weight, rtol=0, atol=1e-6)
     assert torch.equal(after.energy_scale, before.energy_scale)
     # and it learns from there: the first epoch is better than the last one of a training from nothing that is as long
     errors = {}
     for name, changes in (("tuned", {"start": start}), ("new", {})):
-        values = settings(
-            folder, data=data, stage_one={"epochs": 2}, stage_two={"epochs": 0}, output=folder / name, **changes
-        )
+        values = settings(folder, data=data, epochs=2, output=folder / name, **changes)
         errors[name] = train(parse_config(values)).provenance["last_epoch"]["val_forces_meV_A"]
     assert errors["tuned"] < 0.7 * errors["new"]
 
@@ -277,9 +303,7 @@ def test_fine_tuning_goes_on_after_a_kill_without_its_start(folder: Path, traine
 
 
 def test_fine_tuning_warns_of_frames_that_may_have_trained(folder: Path, trained_folder: Path) -> None:
-    values = settings(
-        folder, start=trained_folder / "run" / "model.pt", stage_one={"epochs": 1}, stage_two={"epochs": 0}
-    )
+    values = settings(folder, start=trained_folder / "run" / "model.pt", epochs=1)
     with pytest.warns(UserWarning, match=r"σ will be too small; give `data.calibration`"):
         train(parse_config(values))
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from forcedrop.graph import pair_vectors
-from forcedrop.potential.layers import Message, PairFunctions, spread_mask
+from forcedrop.potential import GraphInputs
+from forcedrop.potential.linear import by_degree
+from forcedrop.potential.messages import Message
+from forcedrop.potential.pairs import PairFunctions
 from forcedrop.potential.radial import BesselBasis
 from forcedrop.potential.sphere import degree_index, spherical_harmonics
 from tests.conftest import batch_of, silicon
@@ -50,18 +53,14 @@ def test_messages_against_loops(l_in: int) -> None:
         basis, module = BesselBasis(4, CUTOFF, 2), Message(C, 4, 2, l_in)
         x = torch.randn((l_in + 1) ** 2, batch.num_nodes, C)
         vec = pair_vectors(batch, 2 * CUTOFF)
-        got = module(x, PairFunctions(basis, 2)(vec), batch.nbr, batch.nbr_reverse, None)
+        graph = GraphInputs(batch.z, batch.batch, batch.nbr, batch.nbr_reverse, 1)
+        sent = module.send(by_degree(x)).transpose(0, 1)
+        got = module(sent, PairFunctions(basis, 2)(vec), graph)
+        blocked = module(sent.contiguous(), PairFunctions(basis, 2)(vec), graph, blocked=True)
         expected = by_loops(module, x, vec, batch.nbr, basis)
     finally:
         torch.set_default_dtype(torch.float32)
     assert (module.norm.rms == 1).all()
     assert float(expected.detach().abs().max()) > 0.1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-
-
-def test_a_mask_has_one_bit_for_all_components_of_a_channel() -> None:
-    mask = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
-    spread = spread_mask(mask, degree_index(1), 3)
-    assert spread.shape == (4, 1, 3)
-    assert spread[:, 0].tolist() == [[1, 2, 3]] + 3 * [[4, 5, 6]]
-    assert torch.equal(spread_mask(mask[0], degree_index(1), 3), spread)
+    torch.testing.assert_close(blocked, expected, rtol=0, atol=1e-10)

@@ -1,24 +1,24 @@
 r"""From the raw spread of the samples to σ, the standard deviation expected against the reference method.
 
 The *samples* are scaled about their mean, the force on an atom by a factor :math:`f_i = c(s_i)\,e_{Z_i}`: a curve c of the root
-mean square spread :math:`s_i` of its force components (:class:`Growth`, :class:`Monotone`) and, where it pays, a factor of the
-element. Where a network knows little, errors grow faster than spreads do, and that shows already among the frames that it was
-calibrated on. Energies and stress take the root mean square of a structure's factors: shares of single atoms in an energy are no
-more than a convention, and cancel, so they must not be scaled apart.
+mean square spread :math:`s_i` of its force components (:class:`Growth`) and, where it pays, a factor of the element. Where a
+network knows little, errors grow faster than spreads do, and that shows already among the frames that it was calibrated on.
+Energies and stress take the root mean square of a structure's factors: shares of single atoms in an energy are no more than a
+convention, and cancel, so they must not be scaled apart. Where held-out frames ask for more, a factor of their own besides:
+functions that all fit the energies of the training set alike may say too little about others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from ase.data import chemical_symbols
-from scipy.optimize import isotonic_regression, minimize_scalar
 
-CRITERIA = ("max_force", "mean_force", "energy_per_atom")
-"""What frames are ranked by: largest atomic force σ, mean atomic force σ [eV/Å], energy σ per atom [eV]."""
+CRITERIA = {"max_force": "eV/Å", "mean_force": "eV/Å", "energy_per_atom": "eV"}
+"""What frames are ranked by, and its unit: largest atomic force σ, mean atomic force σ, energy σ per atom."""
 
 
 def fit_scale(error: np.ndarray, std: np.ndarray) -> float:
@@ -44,30 +44,12 @@ LARGEST_EXPONENT = 2.0
 """Of γ: beyond, a few frames decide."""
 FARTHEST = 30.0
 """Spreads above so many s₀ grow no further: there is nothing left to say but "unknown"."""
-KNOTS = 10
-"""Of a monotone curve, at most; each stands for as many atoms."""
 
 
 def local_spread(forces_std: np.ndarray) -> np.ndarray:
     """Return each atom's root mean square spread of its force components, shape (…, N), from spreads (…, N, 3)."""
     mean: np.ndarray = np.sqrt(np.mean(np.square(forces_std), axis=-1))
     return mean
-
-
-class Curve(Protocol):
-    """From an atom's spread to its factor."""
-
-    def factor(self, spread: np.ndarray) -> np.ndarray:
-        """Return the factors of atoms with these spreads [eV/Å], of any shape."""
-        ...
-
-    def sentence(self) -> str:
-        """Say how σ comes from the spread."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +96,8 @@ class Growth:
         Raises:
             ValueError: see :func:`fit_scale`.
         """
+        from scipy.optimize import minimize_scalar  # half a second, and only who fits needs it
+
         fit_scale(error, std)  # says what is wrong with the numbers
         used = local_spread(std) > 1e-12
         error, std = error[used], std[used]
@@ -132,63 +116,10 @@ class Growth:
         return cls(at(gamma)[0], gamma, reference)
 
 
-@dataclass(frozen=True)
-class Monotone:
-    """σ as any rising function of the spread, found by isotonic regression; straight between knots on logarithmic axes.
-
-    Source: the isotonic regression of squared errors (Zadrozny & Elkan, KDD 2002, who calibrate probabilities so). Beyond the
-    last knot the factor stays what it is there.
-
-    Attributes:
-        spreads: of the knots [eV/Å], rising.
-        factors: at the knots.
-    """
-
-    spreads: tuple[float, ...]
-    factors: tuple[float, ...]
-
-    def factor(self, spread: np.ndarray) -> np.ndarray:
-        """Return the factors."""
-        x = np.log(np.maximum(spread, 1e-12))
-        factor: np.ndarray = np.exp(np.interp(x, np.log(self.spreads), np.log(self.factors)))
-        return factor
-
-    def sentence(self) -> str:
-        """Say the range of the factors."""
-        return f"σ = {self.factors[0]:.2f} … {self.factors[-1]:.2f} × spread, rising with the spread"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {"spreads": list(self.spreads), "factors": list(self.factors)}
-
-    @classmethod
-    def fit(cls, error: np.ndarray, std: np.ndarray) -> Self:
-        """Fit to force errors and spreads as :meth:`Growth.fit` does.
-
-        Raises:
-            ValueError: see :func:`fit_scale`.
-        """
-        fit_scale(error, std)
-        local = local_spread(std)
-        used = np.flatnonzero(local > 1e-12)
-        order = used[np.argsort(local[used], kind="stable")]
-        parts = np.array_split(order, max(1, min(KNOTS, len(order) // 20)))
-        squares = isotonic_regression([float(np.mean(np.square(error[part]))) for part in parts]).x
-        knots = np.array([float(np.exp(np.mean(np.log(local[part])))) for part in parts])
-        return cls(tuple(knots.tolist()), tuple((np.sqrt(np.maximum(squares, 1e-24)) / knots).tolist()))
-
-
 def _score(error: np.ndarray, sigma: np.ndarray) -> float:
     """Return the mean Gaussian negative log-likelihood but for a constant, of what is not zero by symmetry."""
     seen = sigma > 1e-12
     return float(np.mean(0.5 * np.square(error[seen] / sigma[seen]) + np.log(sigma[seen])))
-
-
-def curve_from_dict(values: Mapping[str, Any]) -> Curve:
-    """Undo ``to_dict`` of a curve."""
-    if "spreads" in values:
-        return Monotone(tuple(values["spreads"]), tuple(values["factors"]))
-    return Growth(**values)
 
 
 FEWEST = 30
@@ -248,8 +179,10 @@ class Calibration:
         curve: from an atom's spread to its factor, fitted on forces (the many), or one factor from energies where there are no
             forces.
         elements: a further factor by atomic number; 1 for those that are not there.
-        scales: the factor that each property on its own would ask for, by name, once the samples are scaled by this calibration
-            (1 is honest); a diagnosis, not applied.
+        own: a further factor of a property (``energy``, which is that of the atoms' energies too, or ``stress``), where held-out
+            frames ask for another than that of the forces.
+        scales: the factor that each property on its own would ask for, by name, once the samples are scaled by ``curve`` and
+            ``elements`` (1 is honest).
         quantiles: conformal quantiles by property (``energy``, ``forces`` by component, ``atoms`` for force vectors in units of
             √tr Σ, ``stress``), then by coverage.
         n_frames: frames it was fitted on.
@@ -257,8 +190,9 @@ class Calibration:
         levels: sorted σ of the calibration frames by criterion, from which thresholds are taken.
     """
 
-    curve: Curve
+    curve: Growth
     elements: dict[int, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     quantiles: dict[str, dict[float, float]] = field(default_factory=dict)
     n_frames: int = 0
@@ -269,29 +203,34 @@ class Calibration:
         """Return each atom's factor from its :func:`local_spread` and its atomic number, both of shape (N,)."""
         return self.curve.factor(spread) * np.array([self.elements.get(int(number), 1.0) for number in z])
 
-    def apply(self, samples: Mapping[str, np.ndarray], z: np.ndarray) -> dict[str, np.ndarray]:
+    def apply(
+        self, samples: Mapping[str, np.ndarray], z: np.ndarray, mean: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Scale the samples of one structure about their mean.
 
         Samples that are fewer than in calibration are scaled a little more, see :func:`few_samples`.
 
         Args:
-            samples: by property, sample axis first: ``energy`` (K,), ``energies`` (K, N), ``forces`` (K, N, 3), ``stress``
+            samples: by property, sample axis first: ``energy`` (B,), ``energies`` (B, N), ``forces`` (K, N, 3), ``stress``
                 (K, 6); the forces must be there.
             z: atomic numbers, shape (N,).
+            mean: of all functions there are, by property; the samples' own by default.
 
         Returns:
-            The same properties: forces by each atom's factor, all else by the root mean square of the factors.
+            The same properties: forces by each atom's factor, all else by the root mean square of the factors, and by the
+            property's own where it has one.
         """
         factor = self.factors(local_spread(samples["forces"].std(axis=0, ddof=1)), z)
-        if self.n_samples:
-            factor = factor * np.sqrt(few_samples(len(samples["forces"])) / few_samples(self.n_samples))
-        common = np.sqrt(np.mean(np.square(factor)))
-
-        def scaled(x: np.ndarray, f: Any) -> np.ndarray:
-            mean = x.mean(axis=0)
-            return mean + f * (x - mean)
-
-        return {name: scaled(x, factor[:, None] if name == "forces" else common) for name, x in samples.items()}
+        common = float(np.sqrt(np.mean(np.square(factor))))
+        scaled = {}
+        for name, x in samples.items():
+            own = self.own.get("energy" if name == "energies" else name, 1.0)
+            f: Any = factor[:, None] if name == "forces" else common * own
+            if self.n_samples:
+                f = f * np.sqrt(few_samples(len(x)) / few_samples(self.n_samples))
+            centre = x.mean(axis=0) if mean is None else np.asarray(mean[name])
+            scaled[name] = centre + f * (x - centre)
+        return scaled
 
     def sigma(self, samples: Mapping[str, np.ndarray], z: np.ndarray) -> dict[str, np.ndarray]:
         """Return the calibrated standard deviations (ddof 1) of one structure by property, from its samples."""
@@ -327,8 +266,13 @@ class Calibration:
 
     def sentence(self) -> str:
         """Say how σ comes from the spread."""
-        own = ", ".join(f"{chemical_symbols[z]} {value:.2f}" for z, value in sorted(self.elements.items()))
-        return self.curve.sentence() + (f", by element × ({own})" if own else "")
+        elements = ", ".join(f"{chemical_symbols[z]} {value:.2f}" for z, value in sorted(self.elements.items()))
+        own = ", ".join(f"{name} × {value:.2f}" for name, value in self.own.items())
+        return (
+            self.curve.sentence()
+            + (f", by element × ({elements})" if elements else "")
+            + (f"; of its own {own}" if own else "")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
@@ -337,7 +281,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
-        return cls(**{**values, "curve": curve_from_dict(values["curve"])})
+        return cls(**{**values, "curve": Growth(**values["curve"])})
 
 
 def deviations(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from forcedrop.calibration import (
+from forcedrop.metrics import nll
+from forcedrop.uncertainty.calibration import (
     Calibration,
     Growth,
-    Monotone,
     conformal_quantiles,
     difference_sigma,
     fit_elements,
@@ -14,7 +14,6 @@ from forcedrop.calibration import (
     frame_criteria,
     local_spread,
 )
-from forcedrop.metrics import nll
 
 
 def test_scale_maximises_the_likelihood() -> None:
@@ -58,6 +57,42 @@ def test_one_factor_scales_every_property_about_its_mean() -> None:
     np.testing.assert_allclose(
         Calibration(Growth(2.0)).sigma(samples, Z[:3])["forces"], 2 * samples["forces"].std(0, ddof=1)
     )
+
+
+def test_samples_are_scaled_about_a_mean_that_is_known() -> None:
+    """Of a bank the mean is that of all functions, not of the few that were computed: scaled samples stay about it."""
+    samples, calibration = samples_of(3), Calibration(Growth(2.0, 1.0, 0.7), {29: 0.5}, own={"energy": 3.0})
+    about = {name: x.mean(0) + 0.3 for name, x in samples.items()}
+    scaled, own = calibration.apply(samples, Z[:3], about), calibration.apply(samples, Z[:3])
+    for name, values in samples.items():
+        deviation = values - values.mean(0)
+        factor = (own[name] - values.mean(0)) / deviation
+        np.testing.assert_allclose(scaled[name], about[name] + factor * (values - about[name]), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(scaled[name].std(0), own[name].std(0))  # σ is the samples' own either way
+        assert np.abs(scaled[name].mean(0) - own[name].mean(0)).max() > 1e-3
+    np.testing.assert_allclose(calibration.sigma(samples, Z[:3])["energy"], own["energy"].std(ddof=1))
+
+
+def test_energies_and_stress_take_a_factor_of_their_own() -> None:
+    samples = samples_of(4)
+    before = Calibration(Growth(2.0), {1: 3.0}).sigma(samples, Z)
+    after = Calibration(Growth(2.0), {1: 3.0}, own={"energy": 2.5, "stress": 0.4}).sigma(samples, Z)
+    for name, factor in (("energy", 2.5), ("energies", 2.5), ("stress", 0.4), ("forces", 1.0)):
+        np.testing.assert_allclose(after[name], factor * before[name])
+    assert (
+        "of its own energy × 2.50, stress × 0.40"
+        in Calibration(Growth(1.0), own={"energy": 2.5, "stress": 0.4}).sentence()
+    )
+
+
+def test_a_bank_of_energies_beside_few_forces() -> None:
+    """Each property is scaled for as many samples as it has."""
+    samples, k = samples_of(3, k=6), 6
+    samples["energy"] = np.random.default_rng(1).normal(size=40)
+    sigma = Calibration(Growth(1.0), n_samples=16).sigma(samples, Z[:3])
+    few = lambda n: (n - 1) / (n - 3)  # noqa: E731
+    np.testing.assert_allclose(sigma["forces"], np.sqrt(few(k) / few(16)) * samples["forces"].std(0, ddof=1))
+    np.testing.assert_allclose(sigma["energy"], np.sqrt(few(40) / few(16)) * samples["energy"].std(ddof=1))
 
 
 def test_growth_is_each_atoms_own_for_forces_and_common_for_the_rest() -> None:
@@ -153,33 +188,17 @@ def test_factors_of_elements_are_found_where_they_are() -> None:
     assert found == {1: pytest.approx(2.0, rel=0.05), 6: pytest.approx(0.5, rel=0.05), 8: 1.0}  # five atoms say nothing
 
 
-def test_monotone_curve_follows_what_one_factor_cannot() -> None:
-    """Errors of σ = s² (a factor that rises with the spread): between the knots as well as at them."""
-    generator = np.random.default_rng(0)
-    local = np.exp(generator.normal(scale=0.7, size=5000))
-    std = local[:, None] * np.ones(3)
-    error = generator.normal(size=std.shape) * std**2
-    curve = Monotone.fit(error, std)
-    inner = np.exp(np.linspace(-0.8, 0.8, 9))
-    np.testing.assert_allclose(curve.factor(inner), inner, rtol=0.1)
-    assert np.all(np.diff(inner * curve.factor(inner)) > 0)
-    far = np.array([1e3, 1e4])
-    np.testing.assert_allclose(curve.factor(far), curve.factors[-1])
-    assert nll(error, std * curve.factor(local)[:, None]) < nll(error, std * fit_scale(error, std)) - 0.1
-
-
-def test_monotone_curve_never_falls_where_errors_do() -> None:
-    generator = np.random.default_rng(1)
-    std = np.exp(generator.normal(size=2000))[:, None] * np.ones(3)
-    error = generator.normal(size=std.shape) / std  # the larger the spread, the smaller the error
-    curve = Monotone.fit(error, std)
-    sigma = np.array(curve.spreads) * np.array(curve.factors)
-    assert np.all(np.diff(sigma) > -1e-12)
-
-
-@pytest.mark.parametrize("curve", [Growth(1.3, 0.5, 0.01), Monotone((0.1, 0.2), (1.0, 1.5))])
-def test_calibrations_survive_a_checkpoint(curve) -> None:
-    calibration = Calibration(curve, {6: 1.1}, {"forces": 1.2}, {"forces": {0.9: 1.7}}, 10, 16, {"max_force": [0.1]})
+def test_calibrations_survive_a_checkpoint() -> None:
+    calibration = Calibration(
+        Growth(1.3, 0.5, 0.01),
+        {6: 1.1},
+        {"energy": 1.7},
+        {"forces": 1.2},
+        {"forces": {0.9: 1.7}},
+        10,
+        16,
+        {"max_force": [0.1]},
+    )
     assert Calibration.from_dict(calibration.to_dict()) == calibration
 
 

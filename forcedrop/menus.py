@@ -1,0 +1,23 @@
+"""Menus of names that are imported on first use, so that whoever needs one of them does not wait for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazily(package: str, menu: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a package.
+
+    Args:
+        package: its ``__name__``.
+        menu: for every name the module that it is in.
+    """
+
+    def find(name: str) -> Any:
+        if name in menu:
+            return getattr(import_module(menu[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find

@@ -1,0 +1,275 @@
+"""A trained network, its functions, its calibration, and all that is known about it.
+
+One file, one model: everything that inference needs, and nothing that runs code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import forcedrop
+from forcedrop.files import load_tensors, save_tensors
+from forcedrop.graph import NeighbourFinder, build_graph
+from forcedrop.potential import DropoutRates, EnergyModel, build
+from forcedrop.structures import Frame, check_frames
+from forcedrop.structures.checks import BadFrames
+from forcedrop.uncertainty.calibration import Calibration
+from forcedrop.uncertainty.ensemble import Ensemble
+from forcedrop.uncertainty.exact_dropout import ExactDropout
+from forcedrop.uncertainty.method import Labels, Method, find_functions
+from forcedrop.uncertainty.posterior import draws
+from forcedrop.uncertainty.sampling import require_functions
+
+FORMAT = 5
+SAMPLES = 16
+"""Functions of a prediction where nobody asks for another number."""
+UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
+
+
+@dataclass
+class TrainedModel:
+    """A potential and all that is known about it.
+
+    Attributes:
+        potential: the network, with its functions.
+        calibration: what turns raw spread into σ; None for a model that was not calibrated.
+        uncertainty: how its functions were found: ``method``, ``functions``, ``seed``, and what the method chose.
+        provenance: training-set hash, element and distance ranges, settings, date, version.
+    """
+
+    potential: EnergyModel
+    calibration: Calibration | None = None
+    uncertainty: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """The atomic numbers it knows."""
+        return self.potential.elements
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.potential.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.potential.device
+
+    @property
+    def cutoff(self) -> float:
+        """Of the neighbour lists [Å]."""
+        return self.potential.cutoff
+
+    @property
+    def seed(self) -> int:
+        """Of masks that are drawn; a bank does not look at it."""
+        return int(self.uncertainty.get("seed", 0))
+
+    @property
+    def n_functions(self) -> int | None:
+        """How many functions it has: those of its bank, or the masks it was trained with; None for any number."""
+        known = self.potential.n_functions
+        return known if known is not None else self.uncertainty.get("functions")
+
+    def functions_for(self, n_samples: int | None = None, seed: int | None = None) -> tuple[int, int]:
+        """Return how many functions to use, and the seed of masks that are drawn: by default the first 16.
+
+        Warns (``UserWarning``) about masks that are not among those of the training.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        known = self.n_functions
+        if n_samples is None:
+            n_samples = min(SAMPLES, known or SAMPLES)
+        seed = self.seed if seed is None else seed
+        require_functions(self.potential, n_samples)
+        if self.potential.n_functions is None and known and (seed != self.seed or n_samples > known):
+            warnings.warn(
+                f"this model was trained with the {known} masks of seed {self.seed}, asked for {n_samples} of seed {seed}: "
+                "masks that were not trained predict worse, and their σ is not calibrated",
+                stacklevel=3,
+            )
+        return n_samples, seed
+
+
+def committee(models: Sequence[TrainedModel]) -> TrainedModel:
+    """Return a deep ensemble of several models as one; each is a function, their own functions are not looked at.
+
+    Raises:
+        ValueError: if there are fewer than two, or they do not fit together.
+    """
+    ensemble = Ensemble([model.potential for model in models])
+    about = {"method": "ensemble", "functions": len(models)}
+    return TrainedModel(ensemble.eval(), None, about, dict(models[0].provenance))
+
+
+def fill(
+    model: TrainedModel,
+    train: Sequence[Frame],
+    held_out: Sequence[Frame],
+    method: Method | None = None,
+    *,
+    stress: bool = True,
+    quiet: bool = False,
+) -> TrainedModel:
+    """Return a model with functions found anew, calibrated; the network itself stays as it was trained.
+
+    Args:
+        model: a trained one, with or without functions; left as it is.
+        train: labelled frames that trained it.
+        held_out: labelled frames that did not: every other one to choose by, the rest to calibrate on.
+        method: how; exact dropout by default.
+        stress: whether stress labels count.
+        quiet: without progress bars.
+
+    Raises:
+        BadFrames: if a frame holds what the model does not know.
+        ValueError: if the network or the labels do not allow it, or there are fewer than 4 held-out frames.
+    """
+    from forcedrop.uncertainty.calibrate import calibrate  # only who fits one waits for it
+
+    if len(held_out) < 4:
+        raise ValueError(
+            f"functions need 4 held-out frames or more, to choose and to calibrate by, got {len(held_out)}"
+        )
+    if problems := check_frames([*train, *held_out], elements=model.elements):
+        raise BadFrames(problems)
+    method = method or ExactDropout()
+    potential = deepcopy(model.potential)
+    if not method.keeps_masks:
+        potential.forget_functions()
+    finder = NeighbourFinder(model.cutoff)
+    of_train, of_held = ([build_graph(frame, finder, model.dtype) for frame in part] for part in (train, held_out))
+    about = find_functions(potential, method, Labels(of_train, of_held[::2], stress=stress, quiet=quiet))
+    calibration = calibrate(potential, of_held[1::2], seed=method.seed) if method.gives_error_bars else None
+    return TrainedModel(potential, calibration, about, dict(model.provenance))
+
+
+def save_model(model: TrainedModel, path: str | Path) -> None:
+    """Write a model, atomically: a reader finds the old file or the new one, never half of one."""
+    potential = model.potential
+    save_tensors(
+        {
+            "format": FORMAT,
+            "forcedrop": forcedrop.__version__,
+            "units": UNITS,
+            "network": _describe(potential),
+            "weights": {name: value.detach().cpu() for name, value in potential.state_dict().items()},
+            "rates": {name: site.p for name, site in potential.inner_sites.items() if site.p},
+            "calibration": model.calibration.to_dict() if model.calibration else None,
+            "uncertainty": json.loads(json.dumps(model.uncertainty)),  # plain values or an error, now
+            "provenance": json.loads(json.dumps(model.provenance)),
+        },
+        path,
+    )
+
+
+def load_model(path: str | Path | Sequence[str | Path], device: str | torch.device = "cpu") -> TrainedModel:
+    """Read a model; several, as a sequence or joined by ``+``, are a deep ensemble.
+
+    Raises:
+        ValueError: if a file is not there, is not a forcedrop model, is of a newer format, or does not hold what it says.
+    """
+    if isinstance(path, str | Path) and not Path(path).is_file() and "+" in str(path):
+        path = str(path).split("+")
+    if not isinstance(path, str | Path):
+        return committee([load_model(one, device) for one in path])
+    values = load_tensors(path)
+    if "format" not in values or "weights" not in values:
+        raise ValueError(f"{path} is not a forcedrop model (it holds {', '.join(map(str, values))})")
+    if values["format"] > FORMAT:
+        raise ValueError(f"{path} has format {values['format']}, this forcedrop reads up to {FORMAT}: please update")
+    if values["format"] < 4:
+        raise ValueError(
+            f"{path} has format {values['format']}, of a network that this forcedrop no longer has: please train it anew"
+        )
+    if values["format"] == 4:
+        values = _from_format_4(values)
+    try:
+        potential = _build(values["network"])
+        potential.to(
+            next(x.dtype for name, x in values["weights"].items() if x.is_floating_point() and "isolated" not in name)
+        )
+        potential.load_state_dict(values["weights"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path}: its weights or its bank of functions do not fit its network: {reason}") from None
+    for name, rate in values["rates"].items():
+        potential.get_submodule(name).p = rate
+    calibration = values["calibration"]
+    return TrainedModel(
+        potential=potential.to(device).eval(),
+        calibration=Calibration.from_dict(calibration) if calibration else None,
+        uncertainty=values["uncertainty"],
+        provenance=values["provenance"],
+    )
+
+
+def _describe(potential: EnergyModel) -> dict[str, Any]:
+    """Return what a network is made from, in plain values."""
+    if isinstance(potential, Ensemble):
+        return {"kind": "ensemble", "members": [_describe(member) for member in potential.each()]}
+    return {"kind": potential.kind, "shape": potential.settings(), "elements": list(potential.elements)}
+
+
+def _build(network: Mapping[str, Any]) -> EnergyModel:
+    """Undo :func:`_describe`."""
+    if network["kind"] == "ensemble":
+        return Ensemble([_build(member) for member in network["members"]])
+    return build(network["kind"], network["shape"], tuple(network["elements"]))
+
+
+def _from_format_4(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a model from before there were banks: draws from its posterior, its heads, or its masks."""
+    config, old = dict(values["config"]), dict(values["weights"])
+    elements, rates, n_heads = config.pop("elements"), DropoutRates(**config.pop("dropout")), config.pop("n_heads", 0)
+    if rates.edge:
+        warnings.warn("edge dropout by numbers of atoms is no more: this model is used without it", stacklevel=3)
+    weights: dict[str, Tensor] = {}
+    for name, x in old.items():
+        if name not in ("posterior", "refit", "heads"):
+            name = name.replace(
+                "mask.centre", "update_dropout.centre" if name.startswith("layers") else "hidden_dropout.centre"
+            )
+            weights[name] = x
+    network = {"kind": "sphere", "shape": config, "elements": elements}
+    potential, like = _build(network), old["hidden_bias"]
+    fresh = potential.state_dict()
+    n_sets = fresh["correction.weight"].shape[0]
+    if n_sets < len(elements) and ({"posterior", "refit", "heads"} & set(old)):
+        raise ValueError(f"a model of {len(elements)} elements with weights of its own for each: please train it anew")
+    weights |= {name: fresh[name].to(like) for name in fresh if name.startswith(("correction", "basis", "edges"))}
+    if "refit" in old:
+        weights["correction.weight"] = old["refit"].unflatten(0, (n_sets, -1))
+    seed, method, bank = values["bank_seed"], "none", None
+    if n_heads:
+        method, bank = "heads", old["heads"] - old["heads"].mean(0)
+    elif "posterior" in old:
+        method, bank = "posterior", draws(old["posterior"], 64, seed).to(like)
+    if bank is not None:
+        weights["correction.bank"] = bank.unflatten(1, (n_sets, -1))
+    calibration = values["calibration"]
+    if bank is None and any((rates.message, rates.update, rates.readout)):
+        warnings.warn(
+            "trained masks of before belong to other sites: this model is used without them, and has no functions until "
+            "`forcedrop fill MODEL --data FRAMES --held-out FRAMES` finds some",
+            stacklevel=3,
+        )
+        calibration = None
+    functions = 0 if bank is None else len(bank)
+    return {
+        "network": network, "weights": weights, "rates": {}, "calibration": calibration,
+        "uncertainty": {"method": method, "functions": functions, "seed": seed}, "provenance": values["provenance"],
+    }  # fmt: skip
