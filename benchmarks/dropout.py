@@ -14,7 +14,7 @@ the frames that trained and from the validation frames, σ is calibrated on a th
   ``honesty.py``);
 * ``demo``: ethanol at 300 K, judged at 600 and 1200 K (``data/``);
 * ``3bpa``: a small network (32 channels, 40 epochs, as ``rivals.py``), judged at 300 and 600 K, every eighth frame;
-* ``silicon``: crystals, vacancies, surfaces below melting (mlearn), judged on crystals held out and on the *liquid* never seen;
+* ``silicon``: crystals, vacancies, surfaces that are solid (mlearn), judged on crystals held out and on the *liquid* never seen;
 * ``3bpa_recipe``: ``examples/configs/3bpa.yaml`` as it is shipped, judged at 300, 600 and 1200 K: the final number only.
 
 ``forces_rmse`` of the plain network without functions is the row "none". Nothing here is chosen by these tests: p, λ and the
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase.neighborlist import neighbor_list
 from common import environment, read_results, with_changes, write_results
 
 from forcedrop.evaluation import Evaluation, evaluate
@@ -78,7 +79,7 @@ class Problem:
 PROBLEMS = {
     "ethanol": Problem("ethanol", {"epochs": 80}, ROOT / "data" / "ethanol_atoms.h5"),
     "demo": Problem("ethanol", {}, ROOT / "data" / "ethanol_atoms.h5"),
-    "silicon": Problem("silicon", {"model": {**SMALL, "cutoff": 4.5}, "epochs": 60, "loss": {"stress": 0.1}}),
+    "silicon": Problem("silicon", {"model": {**SMALL, "cutoff": 4.5}, "epochs": 40, "loss": {"stress": 0.1}}),
     "3bpa": Problem(
         "3bpa", {"model": SMALL, "epochs": 40, "optimiser": {"weight_decay": 0.02}}, SHARED / "3bpa" / "iso_atoms.xyz"
     ),
@@ -158,9 +159,13 @@ def trainings(problems: Sequence[str], seeds: Sequence[int], members: bool) -> I
 
 
 def liquid(frame: Frame) -> bool:
-    """Say whether a silicon frame is one of dynamics above the melting point (1687 K)."""
-    text = str(frame.info.get("description", ""))
-    return "3374" in text or "2530" in text
+    """Say whether a silicon frame is liquid: fewer than half of its atoms have four neighbours within 3 Å.
+
+    Not by its description: the temperatures that the set gives for cells with a vacancy, 300 and 3374 K, are interchanged.
+    """
+    atoms = frame.to_atoms()
+    count = np.bincount(neighbor_list("i", atoms, 3.0), minlength=len(atoms))
+    return bool(frame.info.get("config_type") != "Surface" and np.mean(count == 4) < 0.5)
 
 
 def split(problem: str, seed: int) -> dict[str, list[Frame]]:

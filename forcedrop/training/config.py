@@ -130,7 +130,7 @@ class DropoutSection(_Section):
     """Rates of the dropout sites in training: one mask per structure and step, the same for all its atoms.
 
     What is dropped at inference is a matter of ``uncertainty``. Masks on features cost accuracy: networks with update 0.1 and
-    readout 0.3 were 2 to 14 % less accurate (``benchmarks/honesty.py``).
+    readout 0.3 were 2 to 14 % less accurate (``benchmarks/results/honesty.json``).
     """
 
     edge: float = Field(0.0, ge=0, lt=1, description="pairs of elements that are cut at a radius")
