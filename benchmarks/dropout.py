@@ -4,7 +4,7 @@ r"""Where should σ come from? No dropout, a posterior, exact dropout, edge drop
     python benchmarks/dropout.py train ethanol silicon     # of some problems
     python benchmarks/dropout.py train --members           # the further members of deep ensembles
     python benchmarks/dropout.py judge                     # functions, errors, honesty: results/dropout.json; resumes
-    python benchmarks/dropout.py judge --only exact        # variants whose name begins so
+    python benchmarks/dropout.py judge --only exact        # variants whose name begins so; =exact: that one
     python benchmarks/dropout.py summary                   # mean over the seeds, as a table
 
 Every seed of a problem is another split and another start. Networks are trained without looking at σ; functions are found from
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "judge", "summary"))
     parser.add_argument("problems", nargs="*", help="some problems, all by default")
-    parser.add_argument("--only", default="", help="trainings (for train) or variants (for judge) whose name begins so")
+    parser.add_argument("--only", default="", help="trainings or variants whose name begins so; =NAME: that one")
     parser.add_argument("--members", action="store_true", help="train the further members of ensembles instead")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(SEEDS)))
     arguments = parser.parse_args()
@@ -232,9 +232,8 @@ def judge(problem: str, seed: int, only: str) -> None:
     frames, equations = split(problem, seed), {}
     for name, variant in VARIANTS.items():
         done = read_results("dropout").get("rows", [])
-        if not name.startswith(only) or any(
-            (r["problem"], r["seed"], r["model"]) == (problem, seed, name) for r in done
-        ):
+        chosen = name == only[1:] if only.startswith("=") else name.startswith(only)
+        if not chosen or any((r["problem"], r["seed"], r["model"]) == (problem, seed, name) for r in done):
             continue
         found = with_functions(problem, seed, name, variant, frames, equations)
         if found is None:
