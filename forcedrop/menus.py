@@ -21,3 +21,20 @@ def lazily(package: str, menu: Mapping[str, str]) -> Callable[[str], Any]:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find
+
+
+def chosen(menu: Mapping[str, str], name: str, what: str) -> Any:
+    """Return what a menu of ``module:attribute`` has under a name.
+
+    Args:
+        menu: name → place.
+        name: the choice.
+        what: is chosen, for the error.
+
+    Raises:
+        ValueError: if there is no such name.
+    """
+    if name not in menu:
+        raise ValueError(f"unknown {what} {name!r}; known are {', '.join(menu)}")
+    module, _, attribute = menu[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib import import_module
 from typing import Any
 
+from forcedrop.menus import chosen
 from forcedrop.potential.contract import EnergyModel
 
 KINDS = {
@@ -21,10 +21,7 @@ def kind_of(name: str) -> type[EnergyModel]:
     Raises:
         ValueError: if there is no such kind.
     """
-    if name not in KINDS:
-        raise ValueError(f"unknown kind of network {name!r}; known are {', '.join(KINDS)}")
-    module, _, attribute = KINDS[name].partition(":")
-    found: type[EnergyModel] = getattr(import_module(module), attribute)
+    found: type[EnergyModel] = chosen(KINDS, name, "kind of network")
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from forcedrop.menus import chosen
 
 if TYPE_CHECKING:
     from forcedrop.uncertainty.method import Method
@@ -24,10 +25,7 @@ def method_of(name: str) -> type[Method]:
     Raises:
         ValueError: if there is no such method.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown uncertainty method {name!r}; known are {', '.join(METHODS)}")
-    module, _, attribute = METHODS[name].partition(":")
-    found: type[Method] = getattr(import_module(module), attribute)
+    found: type[Method] = chosen(METHODS, name, "uncertainty method")
     return found
 
 
