@@ -24,6 +24,7 @@ draw of "exact" are chosen on validation frames by the one rule of ``forcedrop/u
 from __future__ import annotations
 
 import argparse
+import csv
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -344,9 +345,31 @@ def flagged(held: Sequence[FramePrediction], found: Sequence[FramePrediction]) -
     return round(float(np.mean(sigmas(found) > np.quantile(sigmas(held), 0.99))), 4)
 
 
+def validations() -> dict[str, dict[str, list[float]]]:
+    """Return the best validation force RMSE [meV/Å] of every training that is there, by problem and training."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for problem in PROBLEMS:
+        for training in TRAININGS:
+            logs = [RUNS / problem / training / str(seed) for seed in range(SEEDS)]
+            rows = [read_log(folder / "log.csv") for folder in logs if (folder / "model.pt").exists()]
+            if rows:
+                found[problem][training] = [
+                    round(min(float(row["val_forces_meV_A"]) for row in log), 2) for log in rows
+                ]
+    return dict(found)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a training's log."""
+    with path.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
 def summary() -> None:
     """Print the mean over the seeds and keep it beside the rows."""
     results = read_results("dropout")
+    if found := validations():
+        results["validation_rmse_meV_A"] = found
     groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in results.get("rows", []):
         groups[row["problem"], row["set"], row["model"], row["samples"]].append(row)
