@@ -147,9 +147,10 @@ def fill(
     if problems := check_frames([*train, *held_out], elements=model.elements):
         raise BadFrames(problems)
     method = method or ExactDropout()
+    if method.learns:
+        raise ValueError(f"functions of method {method.name!r} learn together with the network: train with it instead")
     potential = deepcopy(model.potential)
-    if not method.keeps_masks:
-        potential.forget_functions()
+    potential.forget_functions()
     finder = NeighbourFinder(model.cutoff)
     of_train, of_held = ([build_graph(frame, finder, model.dtype) for frame in part] for part in (train, held_out))
     about = find_functions(potential, method, Labels(of_train, of_held[::2], stress=stress, quiet=quiet))

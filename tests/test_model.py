@@ -10,11 +10,12 @@ from ase.build import molecule
 
 from forcedrop.derive import derive
 from forcedrop.dropout import frozen, normal_noise
-from forcedrop.model import TrainedModel, committee, load_model, save_model
+from forcedrop.model import TrainedModel, committee, fill, load_model, save_model
 from forcedrop.potential import DropoutRates, EnergyModel
+from forcedrop.uncertainty import method_of
 from forcedrop.uncertainty.calibration import Calibration, Growth
 from forcedrop.uncertainty.sampling import predict
-from tests.conftest import NONE, RATES, banked_potential, batch_of, ethanol, make_potential
+from tests.conftest import NONE, RATES, banked_potential, batch_of, emt_frames, ethanol, make_potential
 from tests.uncertainty.test_equations import SIX
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,3 +273,12 @@ def test_the_ethanol_model_of_format_4_gives_the_numbers_it_gave(tmp_path) -> No
     assert found.samples.energy[:3, 0].tolist() == pytest.approx(energies, abs=5e-6)
     third = [-2.145403978916905, -0.2778963627438922, -4.720127210589856]
     assert found.samples.forces[2, 0].tolist() == pytest.approx(third, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["masks", "heads"])
+def test_functions_that_learn_cannot_be_filled_in_afterwards(name: str) -> None:
+    model = TrainedModel(make_potential((29,), NONE))
+    frames = emt_frames(8)
+    with pytest.raises(ValueError, match=f"{name}.* learn together with the network"):
+        fill(model, frames[:4], frames[4:], method_of(name)())
+    assert model.potential.n_functions == 0

@@ -124,13 +124,11 @@ def compare(
 ) -> None:
     """Compare the error bars of several models, or deep ensembles of models, on the same frames."""
     from forcedrop.evaluation import compare as compare_models
-    from forcedrop.model import committee
     from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
 
     loaded: dict[str, Any] = {}
     for text in models:
-        members = [load(Path(name), device) for name in text.split("+")]
-        loaded[text] = members[0] if len(members) == 1 else committee(members)
+        loaded[text] = load(Path(text), device)
     if len(loaded) < len(models):
         raise ValueError("a model was given twice")
     first = next(iter(loaded.values()))

@@ -11,9 +11,8 @@ with a ``Shape`` (a frozen dataclass of its settings) and one method, :meth:`Ene
 In its ``__init__`` it calls ``add_correction(F)`` if it has features, and ``add_edges()`` and ``cut`` for edge dropout. Training
 steps weights that are matrices with Muon, but those whose name ends in ``species.weight``.
 
-**Functions.** Dropout sites are layers of ``forcedrop.dropout``; ``frozen(network, seed, k)`` is function k. One site every
-  network
-with features has: ``correction``, an :class:`~forcedrop.dropout.ExactDropout` that adds to the weights of the features what
+**Functions.** Dropout sites are layers of ``forcedrop.dropout``; ``frozen(network, seed, k)`` is function k. Every network with
+features has one site: ``correction``, an :class:`~forcedrop.dropout.ExactDropout` that adds to the weights of the features what
 regression found for the plain network (``weight``), and for function k its own (``bank[k]``). Where this is the only one
 (``centred``), the plain network is the mean of all functions, for every property.
 """

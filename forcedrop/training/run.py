@@ -263,7 +263,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     )
     if not method.keeps_masks:  # masks belonged to the training
         potential.set_rates(DropoutRates())
-    if method.name != "heads":
+    if not method.learns:
         save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
     labels = Labels(trainer.graphs, trainer.validation, stress=config.loss.stress > 0)
     model.uncertainty = find_functions(potential, method, labels)

@@ -114,8 +114,8 @@ def own_factors(entries: Mapping[str, tuple[np.ndarray, np.ndarray, int]]) -> di
     """Return the factor above 1 of each property's own that held-out frames ask for; none where one for all predicts as well.
 
     By cross-validation of the likelihood over groups of frames: it must gain by more than the standard error of the gain. None
-    makes σ smaller: energies near the training data, which one asks, are the easy ones. On ethanol at 300 K they asked for 0.7,
-    and with it σ of energies at 600 and 1200 K was too small by a factor of 1.9, without by 1.4.
+    makes σ smaller: energies near the training data, which one asks, are the easy ones. In a trial on ethanol at 300 K they
+    asked for 0.7, and with it σ of energies at 600 and 1200 K was too small by a factor of 1.9, without by 1.4.
 
     Args:
         entries: errors, σ by the common factor, and number of frames, by property; entries of a frame stand together.

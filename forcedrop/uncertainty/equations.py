@@ -9,8 +9,8 @@ errors the labels' likelihood is Gaussian in w with
 :math:`J = \partial(\text{energy, forces, virial})/\partial w`, σ the root mean square errors on frames that did not train
 (energies and virials per √N). Source: the last-layer Laplace approximation (Daxberger et al., NeurIPS 2021, arXiv 2106.14806),
 for potentials Bigi, Chong, Ceriotti & Grasselli, Mach. Learn.: Sci. Technol. 5, 045018 (2024). The prior of a weight has the
-variance of the trained readouts; that of the plain network's regression is wider, by 10⁴: on cold and hot frames of ethanol, as
-in ``benchmarks/dropout.py``, the wide one gave the best mean and the narrow one the most honest spread.
+variance of the trained readouts; that of the plain network's regression is wider, by 10⁴: in trials on cold and hot frames
+of ethanol the wide one gave the best mean and the narrow one the most honest spread (no committed benchmark yet).
 
 Each element has weights of its own up to five elements. Of more, an element's weights are a combination of five sets that all
 share: R sets of F weights instead of one for each, so that H stays small (:func:`element_basis`).

@@ -107,12 +107,13 @@ class ExactDropout(Method):
             equations = solve_equations(potential, labels, frames=self.frames, held=not all(chosen))
         mean = refit(potential, labels, equations)
         choice = self._choose(equations, mean, quiet=labels.quiet)
-        weights = solutions(equations, choice, self.functions, self.seed)
         site: Any = potential.correction
-        bank = (weights - weights.mean(0)).unflatten(1, site.weight.shape)
-        potential.set_functions(mean.reshape(site.weight.shape), bank)
         if self.cuts:
             self._fill_cuts(potential, labels, mean, choice)
+        else:
+            weights = solutions(equations, choice, self.functions, self.seed)
+            bank = (weights - weights.mean(0)).unflatten(1, site.weight.shape)
+            potential.set_functions(mean.reshape(site.weight.shape), bank)
         return {
             **choice._asdict(), "frames": equations.frames, "refit": bool(mean.any()), "cuts": self.cuts,
             "weights": len(mean), "sets": len(site.weight),
@@ -158,34 +159,35 @@ class ExactDropout(Method):
         Raises:
             ValueError: if the network has no edge dropout.
         """
-        edges: Any = getattr(potential, "edges", None)
-        if edges is None:
+        edges, site = potential.edges, potential.correction
+        if edges is None or site is None:
             raise ValueError(f"a network of kind {potential.kind!r} has no edge dropout to sample")
-        site: Any = potential.correction
-        shape, plain = site.weight.shape, site.weight.clone()
-        potential.set_functions(None, None)
+        shape = site.weight.shape
         edges.p = self.cut_rate
         with frozen(potential, self.seed, torch.arange(self.cuts, device=potential.device)):
-            radii = edges.radii(plain)
+            radii = edges.radii(site.weight)
         edges.bank = radii
-        bank = plain.new_empty(self.functions, *shape)
+        bank = site.weight.new_empty(self.functions, *shape)
         for number in range(self.cuts):
             with frozen(potential, self.seed, number):
                 equations = solve_equations(potential, labels, frames=self.frames, held=False)
-            weights = solutions(equations, choice, self.functions, self.seed)[number :: self.cuts]
-            bank[number :: self.cuts] = (weights - equations.weights - mean).unflatten(1, shape).to(bank)
+            own = slice(number, None, self.cuts)
+            weights = solutions(equations, choice, self.functions, self.seed, own)
+            bank[own] = (weights - equations.weights - mean).unflatten(1, shape).to(bank)
         edges.bank = radii[torch.arange(self.functions) % self.cuts]
-        edges.p = self.cut_rate
-        potential.set_functions(plain, bank)
+        potential.set_functions(mean.reshape(shape), bank)
 
 
-def solutions(equations: Equations, choice: Choice, n: int, seed: int) -> Tensor:
-    """Return the weights of n masks, shape (n, R·F), float64."""
+def solutions(equations: Equations, choice: Choice, n: int, seed: int, only: slice = slice(None)) -> Tensor:
+    """Return the weights of n masks, shape (n, R·F), float64, or of some of them ``only``."""
     strength = choice.prior * equations.prior
     precision = equations.precision + strength * torch.eye(len(equations.pull), dtype=torch.float64)
     pull = precision @ equations.weights + equations.pull
-    keep = exact_masks(n, len(pull), choice.rate, seed=seed)
-    noise = normal_noise(len(pull), seed=seed, samples=n, site=NOISE, dtype=torch.float64) if choice.draw else None
+    keep = exact_masks(n, len(pull), choice.rate, seed=seed)[only]
+    samples = range(n)[only]
+    noise = None
+    if choice.draw:
+        noise = normal_noise(len(pull), seed=seed, samples=samples, site=NOISE, dtype=torch.float64)
     return exact_weights(precision, pull, keep, draw=choice.draw, noise=noise)
 
 

@@ -29,6 +29,7 @@ class TrainedMasks(Method):
 
     name = "masks"
     keeps_masks = True
+    learns = True
 
     functions: int = 256
 
@@ -60,6 +61,7 @@ class Heads(Method):
     """
 
     name = "heads"
+    learns = True
 
     functions: int = 16
 

@@ -40,6 +40,8 @@ class Method:
     keeps_masks: ClassVar[bool] = False
     """Whether masks within the network make its functions; else their rates are 0 once it is trained."""
     gives_error_bars: ClassVar[bool] = True
+    learns: ClassVar[bool] = False
+    """Whether its functions learn together with the network: one that is trained already cannot be given them."""
 
     functions: int = 64
     seed: int = 0

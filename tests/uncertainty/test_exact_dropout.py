@@ -220,6 +220,6 @@ def test_a_kind_without_edge_dropout_cannot_be_cut(monkeypatch) -> None:
     potential, some = copper(), Labels(graphs(6, 0), graphs(3, 5), quiet=True)
     equations = solve_equations(potential, some)
     monkeypatch.setattr(module, "refit", lambda *arguments: torch.zeros(potential.n_features, dtype=torch.float64))
-    del potential.edges
+    potential.edges = None  # as in a network that never called `add_edges`
     with pytest.raises(ValueError, match="'sphere' has no edge dropout to sample"):
         ExactDropout(functions=4, rate=0.3, prior=1.0, draw=0.0, cuts=2).fill(potential, some, equations)
