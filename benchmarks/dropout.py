@@ -38,7 +38,6 @@ from ase.neighborlist import neighbor_list
 from common import environment, read_results, with_changes, write_results
 
 from forcedrop.evaluation import Evaluation, evaluate
-from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
 from forcedrop.model import TrainedModel, committee, load_model
 from forcedrop.report import comparison_rows, comparison_table
 from forcedrop.structures import Frame, read_frames, write_frames
@@ -240,7 +239,7 @@ def judge(problem: str, seed: int, only: str) -> None:
         if found is None:
             continue
         model, minutes = found
-        graphs = graphs_of(model, frames["calibration"])
+        graphs = model.graphs(frames["calibration"])
         model = replace(model, calibration=calibrate(model.potential, graphs, seed=model.seed))
         rows = judged(name, model, frames)
         print(f"{problem}, seed {seed}: {minutes:.1f} min\n{comparison_table(rows)}", flush=True)
@@ -270,7 +269,7 @@ def with_functions(
         return model, minutes
     model.potential.forget_functions()
     start = time.perf_counter()
-    labels = Labels(graphs_of(model, frames["train"]), graphs_of(model, frames["validation"]))
+    labels = Labels(model.graphs(frames["train"]), model.graphs(frames["validation"]))
     if isinstance(variant.method, ExactDropout) and variant.method.cuts:
         about = find_functions(model.potential, variant.method, labels)
     else:
@@ -280,12 +279,6 @@ def with_functions(
         about = {"method": method.name, **method.fill(model.potential, labels, known[variant.training])}
     model.uncertainty = {"functions": variant.method.functions, "seed": 0, **about}
     return model, minutes + (time.perf_counter() - start) / 60
-
-
-def graphs_of(model: TrainedModel, frames: Sequence[Frame]) -> list[AtomicGraph]:
-    """Return the graphs of frames as a model wants them."""
-    finder = NeighbourFinder(model.cutoff)
-    return [build_graph(frame, finder, model.dtype) for frame in frames]
 
 
 def judged(name: str, model: TrainedModel, frames: dict[str, list[Frame]]) -> list[dict[str, Any]]:
@@ -316,7 +309,7 @@ def found_rmse(found: Evaluation) -> float:
 
 def predicted(model: TrainedModel, frames: Sequence[Frame], k: int) -> list[FramePrediction]:
     """Return the predictions with K functions, all of which are kept."""
-    return list(predict_graphs(model.potential, graphs_of(model, frames), n_samples=k, seed=model.seed))
+    return list(predict_graphs(model.potential, model.graphs(frames), n_samples=k, seed=model.seed))
 
 
 def with_sigma(

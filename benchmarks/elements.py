@@ -26,7 +26,6 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from common import environment, read_results, write_results
-from dropout import graphs_of
 
 from forcedrop.derive import geometry
 from forcedrop.evaluation import evaluate
@@ -104,11 +103,11 @@ def share() -> list[dict[str, Any]]:
         for n_sets in SETS:
             model = load_model(folder / "model.pt")
             model.potential.add_correction(model.potential.n_features, n_sets)
-            labels = Labels(graphs_of(model, sets["train"]), graphs_of(model, sets["validation"]), quiet=True)
+            labels = Labels(model.graphs(sets["train"]), model.graphs(sets["validation"]), quiet=True)
             start = time.perf_counter()
             find_functions(model.potential, ExactDropout(rate=0.3, prior=1.0, draw=1.0), labels)
             seconds = time.perf_counter() - start
-            model = replace(model, calibration=calibrate(model.potential, graphs_of(model, sets["calibration"])))
+            model = replace(model, calibration=calibrate(model.potential, model.graphs(sets["calibration"])))
             found = {name: evaluate(model, sets[name], n_samples=64) for name in ("alike", "hotter")}
             own = comparison_rows({f"{n_sets} sets": found})
             rows += [row | {"seed": seed, "sets": n_sets, "seconds": round(seconds, 1)} for row in own]
@@ -139,7 +138,7 @@ def memory() -> dict[str, Any]:
         atoms.calc = LennardJones(sigma=2.6, epsilon=0.2, rc=6.0)
         frames.append(Frame.from_atoms(atoms, energy=float(atoms.get_potential_energy()), forces=atoms.get_forces()))
     model = TrainedModel(potential)
-    graphs = graphs_of(model, frames)
+    graphs = model.graphs(frames)
     batch = batch_graphs(graphs[:8])
     graph, vec = geometry(potential, batch)
     potential.measure(vec, graph)

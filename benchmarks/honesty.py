@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import environment, read_results, write_results
-from dropout import VARIANTS, graphs_of, split, trained, with_functions
+from dropout import VARIANTS, split, trained, with_functions
 
 from forcedrop.evaluation import evaluate
 from forcedrop.metrics import mean_z2, nll
@@ -79,11 +79,9 @@ def with_bank(
     chosen: dict[str, Any] = {name: model.uncertainty[name] for name in ("rate", "prior", "draw")}
     potential = deepcopy(model.potential)
     potential.forget_functions()
-    labels = Labels(graphs_of(model, frames["train"]), graphs_of(model, frames["validation"]))
+    labels = Labels(model.graphs(frames["train"]), model.graphs(frames["validation"]))
     ExactDropout(functions=functions, seed=seed, **chosen).fill(potential, labels, equations)
-    return replace(
-        model, potential=potential, calibration=calibrate(potential, graphs_of(model, frames["calibration"]))
-    )
+    return replace(model, potential=potential, calibration=calibrate(potential, model.graphs(frames["calibration"])))
 
 
 def samples_needed(
@@ -116,7 +114,7 @@ def samples_needed(
 def kinds(model: TrainedModel, frames: dict[str, list[Frame]]) -> dict[str, dict[str, float]]:
     """Return likelihood and z² of every kind of calibration, on frames of the calibration set left out, cold and hot ones."""
     sets = ("calibration", "cold", "hot")
-    spreads = {name: force_errors(model.potential, graphs_of(model, frames[name])) for name in sets}
+    spreads = {name: force_errors(model.potential, model.graphs(frames[name])) for name in sets}
     found = {}
     for candidate in CANDIDATES:
         row = {"left_out_nll": round(float(cross_validate(spreads["calibration"], candidate).mean()), 4)}

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from ase import units
 from common import environment, read_results, with_changes, write_results
-from race import graphs_of
 
 from forcedrop.evaluation import evaluate, predict_frames
 from forcedrop.metrics import mean_z2
@@ -117,7 +116,7 @@ def carry(element: str, config: TrainConfig, data: Path) -> None:
         )
     bulk = [f for f in frames if f.info["config_type"] in BULK]
     others = [f for f in [*frames, *read_frames(data / f"{element}_test.xyz")] if f.info["config_type"] not in BULK]
-    model.calibration = calibrate(model.potential, graphs_of(model, bulk))
+    model.calibration = calibrate(model.potential, model.graphs(bulk))
     row: dict[str, Any] = {"calibration_frames": len(bulk), "calibration": model.calibration.sentence()}
     for name in sorted({f.info["config_type"] for f in others}):
         chosen = [f for f in others if f.info["config_type"] == name]

@@ -36,7 +36,7 @@ from common import RESULTS, environment, read_results, write_results
 
 from forcedrop.derive import derive
 from forcedrop.evaluation import evaluate
-from forcedrop.graph import AtomicGraph, NeighbourFinder, batch_graphs, build_graph
+from forcedrop.graph import batch_graphs
 from forcedrop.metrics import rmse
 from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame, LabelKeys, read_frames
@@ -225,7 +225,7 @@ def test(data: Path, kinds: list[str]) -> None:
         model = load_model(path)
         if model.n_functions != 0:
             held = read_frames(RUNS / "validation.xyz", keys=LabelKeys(energy="REF_energy", forces="REF_forces"))
-            model.calibration = calibrate(model.potential, graphs_of(model, held), seed=model.seed)
+            model.calibration = calibrate(model.potential, model.graphs(held), seed=model.seed)
         for temperature in ("300", "600"):
             frames = read_frames(data / f"test_{temperature}K.xyz")
             row: dict[str, Any] = sampled_errors(model, frames) if kind == "dropout" else plain_errors(model, frames)
@@ -234,12 +234,6 @@ def test(data: Path, kinds: list[str]) -> None:
             print(kind, temperature, "K:", row)
             results.setdefault("test", {}).setdefault(kind, {})[f"{temperature} K"] = row
             write_results("race", results)
-
-
-def graphs_of(model: TrainedModel, frames: list[Frame]) -> list[AtomicGraph]:
-    """Return the graphs of frames with the model's cutoff."""
-    finder = NeighbourFinder(model.cutoff)
-    return [build_graph(frame, finder, model.dtype) for frame in frames]
 
 
 def plain_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
@@ -254,7 +248,7 @@ def plain_errors(model: TrainedModel, frames: list[Frame]) -> dict[str, float]:
 
 def plain_residuals(model: TrainedModel, frames: list[Frame]) -> tuple[np.ndarray, np.ndarray]:
     """Return errors of energies (n,) [eV] and forces (n, 3N) [eV/Å] of the plain pass, on frames of one molecule."""
-    graphs, energy, forces = graphs_of(model, frames), [], []
+    graphs, energy, forces = model.graphs(frames), [], []
     for first in range(0, len(graphs), 10):
         batch = batch_graphs(graphs[first : first + 10])
         found = derive(model.potential, batch)

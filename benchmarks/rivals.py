@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 from common import environment, read_results, write_results
-from dropout import PROBLEMS, SEEDS, VARIANTS, graphs_of, judged, split, trained, with_functions
+from dropout import PROBLEMS, SEEDS, VARIANTS, judged, split, trained, with_functions
 
 from forcedrop.report import comparison_table
 from forcedrop.uncertainty.calibrate import calibrate
@@ -50,7 +50,7 @@ def judge() -> None:
         if found is None:
             continue
         model, minutes = found
-        held = graphs_of(model, frames["calibration"])
+        held = model.graphs(frames["calibration"])
         model = replace(model, calibration=calibrate(model.potential, held, seed=model.seed))
         rows = judged("exact, longer", model, frames)
         print(f"seed {seed}: {minutes:.1f} min\n{comparison_table(rows)}", flush=True)

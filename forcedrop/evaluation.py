@@ -11,7 +11,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
-from forcedrop.graph import SIGHT, NeighbourFinder, build_graph, out_of_sight
+from forcedrop.graph import SIGHT, out_of_sight
 from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informative, rmse, uncertainty_report
 from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame, check_frames
@@ -131,8 +131,7 @@ def predict_frames(
     problems = check_frames(frames, elements=model.elements)
     if problems:
         raise BadFrames(problems)
-    finder = NeighbourFinder(model.cutoff)
-    graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
+    graphs = model.graphs(frames)
     n_samples, seed = model.functions_for(n_samples, seed)
     predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
     bar = tqdm(predictions, total=len(frames), desc=what, unit="frame")
@@ -274,8 +273,7 @@ def compare(
     found: dict[str, dict[str, Evaluation]] = {}
     for name, model in models.items():
         if calibration is not None:
-            finder = NeighbourFinder(model.cutoff)
-            graphs = [build_graph(frame, finder, model.dtype) for frame in calibration]
+            graphs = model.graphs(calibration)
             model = replace(model, calibration=calibrate(model.potential, graphs, seed=model.seed))
         most = model.n_functions
         k = n_samples if n_samples is None or most is None else min(n_samples, most)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import forcedrop
 from forcedrop.files import load_tensors, save_tensors
-from forcedrop.graph import NeighbourFinder, build_graph
+from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
 from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
@@ -81,6 +81,11 @@ class TrainedModel:
         """How many functions it has: those of its bank, or the masks it was trained with; None for any number."""
         known = self.potential.n_functions
         return known if known is not None else self.uncertainty.get("functions")
+
+    def graphs(self, frames: Sequence[Frame]) -> list[AtomicGraph]:
+        """Return the graphs of frames, with its cutoff and in its precision."""
+        finder = NeighbourFinder(self.cutoff)
+        return [build_graph(frame, finder, self.dtype) for frame in frames]
 
     def functions_for(self, n_samples: int | None = None, seed: int | None = None) -> tuple[int, int]:
         """Return how many functions to use, and the seed of masks that are drawn: by default the first 16.
@@ -151,8 +156,7 @@ def fill(
         raise ValueError(f"functions of method {method.name!r} learn together with the network: train with it instead")
     potential = deepcopy(model.potential)
     potential.forget_functions()
-    finder = NeighbourFinder(model.cutoff)
-    of_train, of_held = ([build_graph(frame, finder, model.dtype) for frame in part] for part in (train, held_out))
+    of_train, of_held = model.graphs(train), model.graphs(held_out)
     about = find_functions(potential, method, Labels(of_train, of_held[::2], stress=stress, quiet=quiet))
     calibration = calibrate(potential, of_held[1::2], seed=method.seed) if method.gives_error_bars else None
     return TrainedModel(potential, calibration, about, dict(model.provenance))

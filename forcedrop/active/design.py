@@ -22,7 +22,6 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from forcedrop.graph import NeighbourFinder, build_graph
 from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
 from forcedrop.uncertainty.sampling import predict_graphs
@@ -41,8 +40,7 @@ def information(model: TrainedModel, frames: Sequence[Frame], noise: float) -> n
         frames: structures.
         noise: error that a label leaves, per force component [eV/Å].
     """
-    finder = NeighbourFinder(model.cutoff)
-    graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
+    graphs = model.graphs(frames)
     samples, seed = model.functions_for(min(model.n_functions or SAMPLES, SAMPLES))
     predictions = predict_graphs(model.potential, graphs, n_samples=samples, seed=seed)
     found = []

@@ -16,7 +16,7 @@ import torch
 
 from forcedrop.active.design import Design
 from forcedrop.evaluation import predict_frames
-from forcedrop.graph import NeighbourFinder, batch_graphs, build_graph, group_by_atoms, pair_vectors
+from forcedrop.graph import batch_graphs, group_by_atoms, pair_vectors
 from forcedrop.model import TrainedModel, committee
 from forcedrop.structures import Frame
 
@@ -190,8 +190,7 @@ def committee_sigma(
 def structure_features(model: TrainedModel, frames: Sequence[Frame]) -> np.ndarray:
     """Return the mean of the atoms' features for each element, joined, shape (n, D); zeros for an element that is not there."""
     potential = model.potential
-    finder = NeighbourFinder(model.cutoff)
-    graphs = [build_graph(frame, finder, model.dtype) for frame in frames]
+    graphs = model.graphs(frames)
     elements = len(model.elements)
     rows = []
     with torch.no_grad():
