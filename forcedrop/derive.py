@@ -15,6 +15,7 @@ from torch import Tensor
 
 from forcedrop.graph import Batch, pair_vectors
 from forcedrop.potential import EnergyModel, GraphInputs
+from forcedrop.potential.limits import with_slopes
 from forcedrop.potential.neighbours import sum_incoming
 
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
@@ -49,7 +50,17 @@ def derive(potential: EnergyModel, batch: Batch) -> Derived:
 
 def geometry(potential: EnergyModel, batch: Batch) -> tuple[GraphInputs, Tensor]:
     """Return what a network is called with: neighbour lists, and pair vectors [Å] of shape (N, M, 3)."""
-    return potential.inputs(batch), pair_vectors(batch, 2 * potential.cutoff)
+    return potential.inputs(batch), pair_vectors(batch, 2 * potential.cutoff, potential.dtype)
+
+
+def repulsive_forces(potential: EnergyModel, batch: Batch) -> Tensor:
+    """Return the forces [eV/Å] of the repulsion below the network alone, shape (N, 3); zero without one."""
+    graph, vec = geometry(potential, batch)
+    if (repulsion := potential.repulsion) is None:
+        return vec.new_zeros(len(vec), 3)
+    r = vec.square().sum(-1).sqrt()
+    energies, steep = with_slopes(lambda r: repulsion(r, graph.species, graph.nbr, potential.cutoff), r)
+    return _assemble(potential, graph, vec, batch.volume, energies, (steep / r)[..., None] * vec).forces
 
 
 def derive_pairs(potential: EnergyModel, graph: GraphInputs, vec: Tensor, volume: Tensor) -> Derived:

@@ -165,7 +165,7 @@ def out_of_sight(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: flo
 
 
 def build_graph(frame: Frame, finder: NeighbourFinder, dtype: torch.dtype = torch.float32) -> AtomicGraph:
-    """Return the graph of one frame; labels and geometry in ``dtype``, energies in float64.
+    """Return the graph of one frame; forces and stress in ``dtype``, positions, cell and energies in float64.
 
     Raises:
         ValueError: if the cell does not fit the periodic directions; the message names the frame's source.
@@ -179,8 +179,8 @@ def build_graph(frame: Frame, finder: NeighbourFinder, dtype: torch.dtype = torc
     stress = np.zeros(6) if frame.stress is None else frame.stress
     return AtomicGraph(
         z=torch.as_tensor(frame.z),
-        pos=torch.as_tensor(frame.pos, dtype=dtype),
-        cell=torch.as_tensor(frame.cell, dtype=dtype)[None],
+        pos=torch.as_tensor(frame.pos, dtype=torch.float64),
+        cell=torch.as_tensor(frame.cell, dtype=torch.float64)[None],
         pbc=torch.as_tensor(frame.pbc)[None],
         edge_index=torch.as_tensor(edge_index),
         edge_shift=torch.as_tensor(edge_shift),
@@ -262,13 +262,18 @@ def graph_loader(
     )  # fmt: skip
 
 
-def pair_vectors(batch: Batch, pad: float) -> Tensor:
+def pair_vectors(batch: Batch, pad: float, dtype: torch.dtype) -> Tensor:
     """Return the vectors from each atom to the neighbours in its slots [Å], shape (N, M, 3).
 
-    Empty slots hold a vector of length ``pad`` [Å], to be chosen beyond the cutoff.
+    Differences are taken in float64, then rounded: they do not depend on where a structure is, nor on which images of its atoms.
+
+    Args:
+        batch: positions and neighbours.
+        pad: length of the vectors in empty slots [Å], to be chosen beyond the cutoff.
+        dtype: of the result.
     """
     offset = torch.einsum("nmk,nkl->nml", batch.nbr_shift.to(batch.pos.dtype), batch.cell[batch.batch])
-    vec = batch.pos[batch.nbr] - batch.pos[:, None] + offset
+    vec = (batch.pos[batch.nbr] - batch.pos[:, None] + offset).to(dtype)
     empty = torch.cat([vec.new_full((1,), pad), vec.new_zeros(2)])  # made on the device: no waiting for a copy
     return torch.where(batch.nbr_used[..., None], vec, empty)
 

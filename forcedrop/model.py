@@ -29,7 +29,7 @@ from forcedrop.uncertainty.method import Labels, Method, find_functions
 from forcedrop.uncertainty.posterior import draws
 from forcedrop.uncertainty.sampling import require_functions
 
-FORMAT = 5
+FORMAT = 6
 SAMPLES = 16
 """Functions of a prediction where nobody asks for another number."""
 UNITS = {"length": "Angstrom", "energy": "eV", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"}
@@ -202,12 +202,18 @@ def load_model(path: str | Path | Sequence[str | Path], device: str | torch.devi
         )
     if values["format"] == 4:
         values = _from_format_4(values)
+    if values["format"] < 6:
+        values = {**values, "network": _without_limits(values["network"])}
     try:
         potential = _build(values["network"])
         potential.to(
             next(x.dtype for name, x in values["weights"].items() if x.is_floating_point() and "isolated" not in name)
         )
-        potential.load_state_dict(values["weights"])
+        weights = values["weights"]
+        if values["format"] < 6:
+            fresh = potential.state_dict()
+            weights = {n: x for n, x in fresh.items() if n.endswith("approach.shortest")} | weights
+        potential.load_state_dict(weights)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path}: its weights or its bank of functions do not fit its network: {reason}") from None
@@ -226,14 +232,25 @@ def _describe(potential: EnergyModel) -> dict[str, Any]:
     """Return what a network is made from, in plain values."""
     if isinstance(potential, Ensemble):
         return {"kind": "ensemble", "members": [_describe(member) for member in potential.each()]}
-    return {"kind": potential.kind, "shape": potential.settings(), "elements": list(potential.elements)}
+    about = {"kind": potential.kind, "shape": potential.settings(), "elements": list(potential.elements)}
+    return about | {"presence": potential.presence is not None}
 
 
 def _build(network: Mapping[str, Any]) -> EnergyModel:
     """Undo :func:`_describe`."""
     if network["kind"] == "ensemble":
         return Ensemble([_build(member) for member in network["members"]])
-    return build(network["kind"], network["shape"], tuple(network["elements"]))
+    potential = build(network["kind"], network["shape"], tuple(network["elements"]))
+    if not network.get("presence", True):
+        potential.presence = None
+    return potential
+
+
+def _without_limits(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a network of before format 6: without repulsion, without what holds of atoms alone or too close."""
+    if network["kind"] == "ensemble":
+        return {**network, "members": [_without_limits(member) for member in network["members"]]}
+    return {**network, "shape": {**network["shape"], "repulsion": False}, "presence": False}
 
 
 def _from_format_4(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +292,6 @@ def _from_format_4(values: Mapping[str, Any]) -> dict[str, Any]:
         calibration = None
     functions = 0 if bank is None else len(bank)
     return {
-        "network": network, "weights": weights, "rates": {}, "calibration": calibration,
+        "format": 5, "network": network, "weights": weights, "rates": {}, "calibration": calibration,
         "uncertainty": {"method": method, "functions": functions, "seed": seed}, "provenance": values["provenance"],
     }  # fmt: skip

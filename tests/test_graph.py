@@ -57,7 +57,7 @@ def test_pair_vectors_and_padding() -> None:
     images = [make() for make in STRUCTURES.values()]
     batch = batch_graphs([graph_of(atoms, 4.0) for atoms in images])
     check_batch(batch)
-    vec = pair_vectors(batch, 8.0)
+    vec = pair_vectors(batch, 8.0, batch.forces.dtype)
     distances = vec.norm(dim=-1)
     assert bool((distances[batch.nbr_used] < 4.0).all())
     assert bool((distances[~batch.nbr_used] == 8.0).all())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ase import Atoms
 from ase.build import molecule
 
 from forcedrop.derive import derive
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("kind", ["sphere", "painn"])
 def test_a_model_comes_back_the_same(tmp_path, kind: str) -> None:
-    potential = banked_potential(zbl=True, kind=kind)
+    potential = banked_potential(zbl=True, repulsion=False, kind=kind)
     calibration = Calibration(
         Growth(1.3, 0.5, 0.01), {29: 1.1}, {"energy": 1.4}, {"forces": 1.3}, {"forces": {0.9: 1.8}}, 10, 16,
         {"max_force": [0.1, 0.2]},
@@ -41,7 +42,7 @@ def test_a_model_comes_back_the_same(tmp_path, kind: str) -> None:
     for a, b in zip(derive(potential, batch), derive(loaded.potential, batch), strict=True):
         assert torch.equal(a, b)
     values = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert (values["units"]["energy"], values["format"]) == ("eV", 5)
+    assert (values["units"]["energy"], values["format"]) == ("eV", 6)
 
 
 def test_rates_of_trained_masks_come_back(tmp_path) -> None:
@@ -145,6 +146,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def before_format_6(*args: object, **settings: object) -> EnergyModel:
+    """A network as it was: nothing holds of its atoms alone or too close."""
+    potential = make_potential(*args, **settings, repulsion=False)
+    potential.presence = None
+    return potential
+
+
 def format_4(
     potential: EnergyModel, *, n_heads: int = 0, bank: int = 0, seed: int = 0, edge: float = 0.0, **more: object
 ) -> dict:
@@ -152,7 +160,7 @@ def format_4(
     names = {"update_dropout.centre": "mask.centre", "hidden_dropout.centre": "mask.centre"}
     weights = {}
     for name, value in potential.state_dict().items():
-        if not name.startswith(("correction", "basis", "edges")):
+        if not name.startswith(("correction", "basis", "edges", "approach")):
             for new, old in names.items():
                 name = name.replace(new, old)
             weights[name] = value.clone()
@@ -164,6 +172,7 @@ def format_4(
         "readout": potential.hidden_dropout.p,
     }
     config = {"elements": list(potential.elements), **asdict(potential.shape), "n_heads": n_heads, "dropout": rates}
+    del config["repulsion"]
     return {
         "format": 4, "forcedrop": "0.1", "units": {}, "config": config, "weights": weights | more, "calibration": None,
         "bank": bank, "bank_seed": seed, "provenance": {"old": True},
@@ -171,7 +180,7 @@ def format_4(
 
 
 def test_format_4_with_a_posterior_draws_from_it(tmp_path) -> None:
-    potential = make_potential((1, 6, 8), NONE)
+    potential = before_format_6((1, 6, 8), NONE)
     f = potential.n_features
     refit, root = 0.1 * normal(3 * f), 0.05 * normal(3 * f, 3 * f, seed=1)
     torch.save(format_4(potential, seed=7, refit=refit, posterior=root), tmp_path / "old.pt")
@@ -195,7 +204,7 @@ def test_format_4_with_a_posterior_draws_from_it(tmp_path) -> None:
 
 
 def test_format_4_with_heads_has_a_function_for_each(tmp_path) -> None:
-    potential = make_potential((1, 6, 8), NONE)
+    potential = before_format_6((1, 6, 8), NONE)
     f = potential.n_features
     heads = 0.1 * normal(4, 3 * f)
     # the plain network of old read with the mean of the heads: of a network with heads it was written as the refit
@@ -216,7 +225,7 @@ def test_format_4_with_heads_has_a_function_for_each(tmp_path) -> None:
 
 def test_format_4_with_masks_is_the_plain_network_and_says_so(tmp_path) -> None:
     """Its masks belonged to sites of other names: others in their place would be functions that nobody trained."""
-    potential = make_potential((1, 6, 8), DropoutRates(message=0.1, update=0.2, readout=0.5), n_layers=3)
+    potential = before_format_6((1, 6, 8), DropoutRates(message=0.1, update=0.2, readout=0.5), n_layers=3)
     torch.save(format_4(potential, bank=16, seed=3), tmp_path / "old.pt")
     with pytest.warns(UserWarning, match="forcedrop fill"):
         model = load_model(tmp_path / "old.pt")
@@ -229,11 +238,11 @@ def test_format_4_with_masks_is_the_plain_network_and_says_so(tmp_path) -> None:
 
 
 def test_format_4_that_cannot_be_kept_says_so(tmp_path) -> None:
-    potential = make_potential((1, 6, 8), NONE)
+    potential = before_format_6((1, 6, 8), NONE)
     torch.save(format_4(potential, edge=0.1), tmp_path / "edges.pt")
     with pytest.warns(UserWarning, match="edge dropout by numbers of atoms is no more"):
         load_model(tmp_path / "edges.pt")
-    six = make_potential(SIX, NONE)
+    six = before_format_6(SIX, NONE)
     torch.save(format_4(six, refit=normal(6 * six.n_features)), tmp_path / "six.pt")
     with pytest.raises(ValueError, match="6 elements with weights of its own for each: please train it anew"):
         load_model(tmp_path / "six.pt")
@@ -282,3 +291,20 @@ def test_functions_that_learn_cannot_be_filled_in_afterwards(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}.* learn together with the network"):
         fill(model, frames[:4], frames[4:], method_of(name)())
     assert model.potential.n_functions == 0
+
+
+def test_format_5_is_what_it_was(tmp_path) -> None:
+    """A file from before there was a repulsion gives the numbers that it gave, atoms alone included."""
+    potential = banked_potential(repulsion=False)
+    potential.presence = None
+    save_model(TrainedModel(potential, None, {"method": "posterior"}, {}), tmp_path / "new.pt")
+    values = torch.load(tmp_path / "new.pt", weights_only=True)
+    values["format"] = 5
+    del values["network"]["presence"], values["network"]["shape"]["repulsion"], values["weights"]["approach.shortest"]
+    torch.save(values, tmp_path / "old.pt")
+    loaded = load_model(tmp_path / "old.pt").potential
+    for atoms in (ethanol(), Atoms("CO", positions=[[0, 0, 0], [0, 0, 0.4]]), Atoms("C")):
+        batch = batch_of([atoms], 4.0)
+        for old, new in zip(derive(potential, batch), derive(loaded, batch), strict=True):
+            assert torch.equal(old, new)
+    assert float(derive(loaded, batch_of([Atoms("C")], 4.0)).energy) != -6.0

@@ -197,7 +197,7 @@ def structure_features(model: TrainedModel, frames: Sequence[Frame]) -> np.ndarr
         for group in group_by_atoms(graphs, 256):
             batch = batch_graphs(group).to(model.device)
             inputs = potential.inputs(batch)
-            features = potential.features(pair_vectors(batch, 2 * model.cutoff), inputs).double()
+            features = potential.features(pair_vectors(batch, 2 * model.cutoff, model.dtype), inputs).double()
             place = inputs.batch * elements + inputs.species
             total = features.new_zeros(len(group) * elements, features.shape[1]).index_add(0, place, features)
             count = features.new_zeros(len(group) * elements).index_add(0, place, features.new_ones(len(place)))

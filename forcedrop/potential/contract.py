@@ -19,7 +19,7 @@ regression found for the plain network (``weight``), and for function k its own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from forcedrop.dropout import DropoutSite, EdgeCutDropout, ExactDropout, SphericalDropout, frozen
 from forcedrop.graph import Batch
+from forcedrop.potential.limits import ClosestApproach, Presence
 from forcedrop.potential.linear import SphereNorm
-from forcedrop.potential.zbl import ZBLRepulsion
+from forcedrop.potential.repulsion import Repulsion, TightBindingRepulsion, ZBLRepulsion
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ class Gradients(NamedTuple):
     gradient: Tensor
 
 
+def lengths(vec: Tensor) -> Tensor:
+    """Return the lengths (N, M) of pair vectors (N, M, 3)."""
+    return vec.square().sum(-1).sqrt()
+
+
+def repulsion_of(shape: NetworkShape, elements: Sequence[int]) -> Repulsion | None:
+    """Return the repulsion below a network of this shape, if any.
+
+    Raises:
+        ValueError: if two are asked for.
+    """
+    zbl, own = getattr(shape, "zbl", False), getattr(shape, "repulsion", False)
+    if zbl and own:
+        raise ValueError("`zbl` is another repulsion than the one by default: with it, set `repulsion: false`")
+    return ZBLRepulsion(elements) if zbl else TightBindingRepulsion(elements) if own else None
+
+
 MOST_EXACT = 5
 """Elements up to which every one has weights of its own; beyond, they share as many directions, see :func:`element_basis`."""
 
@@ -121,7 +139,9 @@ class EnergyModel(nn.Module):
         lookup = torch.full((max(elements) + 1,), -1)
         lookup[list(elements)] = torch.arange(len(elements))
         self.register_buffer("species_of_z", lookup, persistent=False)
-        self.zbl = ZBLRepulsion(elements) if getattr(shape, "zbl", False) else None
+        self.repulsion = repulsion_of(shape, elements)
+        self.presence: Presence | None = Presence(elements)
+        self.approach = ClosestApproach(len(elements))
         self.correction: ExactDropout | None = None
         self.edges: EdgeCutDropout | None = None
         self._corrected = False
@@ -338,12 +358,25 @@ class EnergyModel(nn.Module):
 
         Arguments as in :meth:`read`.
         """
-        energy, features = self.read(vec, graph)
+        r = lengths(vec)
+        energy, features = self.read(self.told(vec, r, graph), graph)
         site = self.correction
         if features is not None and site is not None and (self._corrected or site.active):
             energy = energy + (site(features) * self.basis[graph.species]).sum(-1)
+        if self.presence is not None:
+            energy = energy * self.presence(r, graph.species, graph.nbr, self.cutoff)
         energy = energy * self.energy_scale
-        return energy if self.zbl is None else energy + self.zbl(vec, graph.species, graph.nbr, self.cutoff)
+        return energy if self.repulsion is None else energy + self.repulsion(r, graph.species, graph.nbr, self.cutoff)
+
+    def told(self, vec: Tensor, r: Tensor, graph: GraphInputs) -> Tensor:
+        """Return the pair vectors (N, M, 3) that the network is told [Å], of the true ones and their lengths (N, M).
+
+        They differ where atoms are closer than any in training (``limits.ClosestApproach``).
+        """
+        if not self.approach.known:
+            return vec
+        told: Tensor = self.approach(r, graph.species, graph.nbr)
+        return vec * (told / r)[..., None]
 
     def features(self, vec: Tensor, graph: GraphInputs) -> Tensor:
         """Return what an atom's energy is read from linearly, shape (N, F), in units of which the energy is ``energy_scale``.
@@ -351,10 +384,13 @@ class EnergyModel(nn.Module):
         Raises:
             ValueError: if there is nothing.
         """
-        found = self.read(vec, graph)[1]
+        r = lengths(vec)
+        found = self.read(self.told(vec, r, graph), graph)[1]
         if found is None:
             raise ValueError(f"a network of kind {self.kind!r} has no features that its energy is read from linearly")
-        return found
+        if self.presence is None:
+            return found
+        return found * self.presence(r, graph.species, graph.nbr, self.cutoff)[:, None]
 
     def energies_of(self, features: Tensor, graph: GraphInputs) -> Tensor:
         """Return what every function of the bank adds to the plain energies of the atoms [eV], shape (B, N), from features."""
@@ -395,6 +431,19 @@ class EnergyModel(nn.Module):
         rows = [torch.autograd.grad(features, leaf, row, retain_graph=True)[0] for row in own]
         found = features.detach()
         return Gradients(local.detach() + (own * found).sum(-1), common + torch.stack(rows)), found
+
+    def set_shortest(self, shortest: Mapping[tuple[int, int], float]) -> None:
+        """Set the shortest distance in training [Å] of pairs of elements, by their two atomic numbers in either order.
+
+        What was set before stays where it is shorter.
+        """
+        place = {z: i for i, z in enumerate(self.elements)}
+        table = self.approach.shortest.clone()
+        for (a, b), r in shortest.items():
+            i, j = place[a], place[b]
+            old = float(table[i, j])
+            table[i, j] = table[j, i] = min(r, old) if old else r
+        self.approach.set(table)
 
     def extra_repr(self) -> str:
         """Say the elements and the number of parameters."""

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from forcedrop.dropout import SphericalDropout
-from forcedrop.potential.contract import DropoutRates, EnergyModel, Gradients, GraphInputs
+from forcedrop.potential.contract import DropoutRates, EnergyModel, Gradients, GraphInputs, lengths
 from forcedrop.potential.first import FirstLayer
+from forcedrop.potential.limits import with_slopes
 from forcedrop.potential.linear import Linear
 from forcedrop.potential.messages import MessageLayer
 from forcedrop.potential.pairs import PairFunctions
@@ -47,7 +48,8 @@ class SphereShape:
         n_radial: Bessel functions.
         cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
         n_hidden: hidden channels of the last readout.
-        zbl: whether the short-range ZBL repulsion is added.
+        repulsion: whether the repulsion of GFN2-xTB is below the network; see ``repulsion.py``.
+        zbl: whether that of Ziegler, Biersack & Littmark is, instead.
     """
 
     cutoff: float = 5.0
@@ -58,6 +60,7 @@ class SphereShape:
     n_radial: int = 6
     cutoff_power: int = 6
     n_hidden: int = 64
+    repulsion: bool = True
     zbl: bool = False
 
     def __post_init__(self) -> None:
@@ -193,7 +196,9 @@ class SpherePotential(EnergyModel):
     @torch.no_grad()
     def centred_gradients(self, vec: Tensor, graph: GraphInputs, weights: Tensor) -> tuple[Gradients, Tensor]:
         """Return energies, gradients and features of K functions that differ in ``weights`` (K, R, F), by hand."""
-        one_hot, slopes = self.one_hot(graph, vec.dtype), self.pairs.with_slopes(vec)
+        r = lengths(vec)
+        told = self.told(vec, r, graph)
+        one_hot, slopes = self.one_hot(graph, vec.dtype), self.pairs.with_slopes(told)
         layers: Any = self.layers
         readouts: Any = self.readouts
         x, products, tape = layers[0](slopes.pairs, one_hot, graph)
@@ -210,19 +215,38 @@ class SpherePotential(EnergyModel):
         every = torch.cat([*features, hidden], dim=-1)
         own = self._weights_by_atom(weights, graph)
         energies = (energy + (own @ every[..., None])[..., 0]).T
+        share = None
+        if (presence := self.presence) is not None:
+            share, by_share = with_slopes(lambda r: presence(r, graph.species, graph.nbr, self.cutoff), r)
+            own = own * share[:, None, None]
+        seed = vec.new_ones(len(vec)) if share is None else share
         *by_products, by_hidden = own.split([p.shape[1] for p in (*features, hidden)], -1)
-        by_hidden = (by_hidden + self.output.weight[:, 0]) * rise[:, None]
-        back = (self.hidden.back(by_hidden) + readouts[-1].weight[:, 0])[None]
+        by_hidden = (by_hidden + seed[:, None, None] * self.output.weight[:, 0]) * rise[:, None]
+        into = [seed[:, None, None] * readout.weight[:, 0] for readout in readouts]
+        back = (self.hidden.back(by_hidden) + into[-1])[None]
         gradient = back.new_zeros(len(weights), *vec.shape)
         for t in reversed(range(1, len(layers))):
             back = layers[t].back(tapes[t], slopes, one_hot, graph, back, by_products[t], gradient)
-            back[0] += readouts[t - 1].weight[:, 0]
+            back[0] += into[t - 1]
         layers[0].back(tapes[0], slopes, one_hot, graph, back, by_products[0], gradient)
+        if self.approach.known:
+            gradient = self._by_true_vectors(gradient, vec, r, graph)
+        unit = vec / r[..., None]
+        if share is not None:
+            gradient += energies[:, :, None, None] * (by_share[..., None] * unit)
+            energies, every = energies * share, every * share[:, None]
         energies, gradient = energies * self.energy_scale, gradient * self.energy_scale
-        if self.zbl is not None:
-            repulsion, by_vec = self.zbl.with_gradient(vec, graph.species, graph.nbr, self.cutoff)
-            energies, gradient = energies + repulsion, gradient + by_vec
+        if (repulsion := self.repulsion) is not None:
+            wall, steep = with_slopes(lambda r: repulsion(r, graph.species, graph.nbr, self.cutoff), r)
+            energies, gradient = energies + wall, gradient + steep[..., None] * unit
         return Gradients(energies, gradient), every
+
+    def _by_true_vectors(self, gradient: Tensor, vec: Tensor, r: Tensor, graph: GraphInputs) -> Tensor:
+        """Return the gradient (K, N, M, 3) by the true pair vectors, from that by those that the network is told."""
+        told, slope = with_slopes(lambda r: self.approach(r, graph.species, graph.nbr), r)
+        ratio, unit = told / r, vec / r[..., None]
+        along = (gradient * unit).sum(-1, keepdim=True) * ((slope - ratio)[..., None] * unit)
+        return gradient * ratio[..., None] + along
 
     def _weights_by_atom(self, weights: Tensor, graph: GraphInputs) -> Tensor:
         """Return what is added to the trained weights of each atom's features, shape (N, K, F)."""

@@ -48,7 +48,8 @@ class PaiNNShape:
         n_layers: message-passing layers.
         n_radial: Bessel functions.
         cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
-        zbl: whether the short-range ZBL repulsion is added.
+        repulsion: whether the repulsion of GFN2-xTB is below the network; see ``repulsion.py``.
+        zbl: whether that of Ziegler, Biersack & Littmark is, instead.
     """
 
     cutoff: float = 5.0
@@ -56,6 +57,7 @@ class PaiNNShape:
     n_layers: int = 3
     n_radial: int = 8
     cutoff_power: int = 6
+    repulsion: bool = True
     zbl: bool = False
 
     def __post_init__(self) -> None:

@@ -55,3 +55,9 @@ class BesselBasis(nn.Module):
         factor, sine = math.sqrt(2.0 / self.cutoff) / r, torch.sin(phase)
         value = factor * sine * envelope
         return value, factor * (self.wave * torch.cos(phase) * envelope + sine * falling) - value / r
+
+
+def smooth_step(x: Tensor) -> Tensor:
+    """Return a step from 0 at and below x = 0 to 1 at and above 1, with zero first and second derivatives at both."""
+    x = x.clamp(0, 1)
+    return x * x * x * (10 + x * (6 * x - 15))

@@ -255,7 +255,7 @@ class Trainer:
     def _inputs(self, batch: Share) -> StepInputs:
         """Return what the step needs."""
         graph = self._graph_inputs(batch)
-        vec = pair_vectors(batch, 2 * self.potential.cutoff)
+        vec = pair_vectors(batch, 2 * self.potential.cutoff, self.potential.dtype)
         ramp = self._moved(torch.tensor(self.ramp(), dtype=vec.dtype))
         return StepInputs(vec, graph, self._functions(batch), targets(batch, batch.label_counts), ramp)
 

@@ -17,12 +17,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import forcedrop
-from forcedrop.derive import geometry
+from forcedrop.derive import geometry, repulsive_forces
 from forcedrop.files import load_tensors, save_tensors
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.model import TrainedModel, load_model, save_model
@@ -127,6 +127,9 @@ def build_potential(
     generator = torch.Generator().manual_seed(config.seed)
     pick = torch.randperm(len(graphs), generator=generator)[:64].tolist()
     batch = batch_graphs([graphs[i] for i in pick])
+    if potential.repulsion is not None and bool(batch.has_forces.any()):
+        own = (batch.forces - repulsive_forces(potential, batch))[batch.has_forces[batch.batch]]
+        potential.energy_scale.copy_(own.square().mean().sqrt().clamp(min=1e-8))
     graph, vec = geometry(potential, batch)
     potential.measure(vec, graph)
     with torch.no_grad():
@@ -134,7 +137,7 @@ def build_potential(
     already = local.new_zeros(batch.num_graphs).index_add(0, batch.batch, local)
     frames = [data.split.train[i] for i in pick]
     bias = residual_bias(frames, data.elements, data.isolated, already.numpy())
-    potential.offset(torch.as_tensor(bias / data.energy_scale, dtype=dtype))
+    potential.offset(torch.as_tensor(bias / float(potential.energy_scale), dtype=dtype))
     return potential.to(device)
 
 
@@ -239,6 +242,13 @@ def _run(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) ->
 def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedModel:
     """Find the functions of the best weights, calibrate them, and write the model."""
     potential, method = trainer.potential.eval(), config.uncertainty
+    covered = ranges(data.split.train, trainer.graphs, data.elements)
+    potential.set_shortest(
+        {
+            (atomic_numbers[a], atomic_numbers[b]): r
+            for (a, b), r in ((pair.split("-"), r) for pair, r in covered["shortest_distance"].items())
+        }
+    )
     model = TrainedModel(
         potential=potential,
         uncertainty={"method": "none"},
@@ -251,7 +261,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
             "training_rates": asdict(config.dropout.rates),
             "training_set": {
                 "hash": content_hash(data.split.train),
-                **ranges(data.split.train, trainer.graphs, data.elements),
+                **covered,
             },
             "isolated_energies": {
                 "origin": data.isolated_origin if config.start is None else "the model it started from"

@@ -86,7 +86,9 @@ def test_features_against_a_loop_over_atoms() -> None:
     for row, a in zip(found, atoms, strict=True):
         batch = batch_of([a], model.cutoff)
         with torch.no_grad():
-            own = model.potential.features(pair_vectors(batch, 8.0), model.potential.inputs(batch)).numpy()
+            own = model.potential.features(
+                pair_vectors(batch, 8.0, batch.forces.dtype), model.potential.inputs(batch)
+            ).numpy()
         parts = [own[a.numbers == z].mean(0) if (a.numbers == z).any() else np.zeros(own.shape[1]) for z in elements]
         np.testing.assert_allclose(row, np.concatenate(parts), atol=1e-10)
 

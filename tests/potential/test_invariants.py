@@ -32,11 +32,20 @@ def cut_bank(kind: str) -> EnergyModel:
     return potential
 
 
+def too_close(kind: str) -> EnergyModel:
+    """Functions of a network that was trained at larger distances than some of those in the test's structures."""
+    potential = banked_potential(kind=kind)
+    z = potential.elements
+    potential.set_shortest({(a, b): {2: 1.0, 7: 1.4, 12: 2.0}.get(a + b, 2.9) for a in z for b in z})
+    return potential
+
+
 CASES: dict[str, Callable[[str], EnergyModel]] = {
     "every mask": lambda kind: make_potential(kind=kind, rates=RATES),
     "bank": lambda kind: banked_potential(kind=kind),
     "edge cuts": lambda kind: make_potential(kind=kind, rates=DropoutRates(edge=0.6)),
     "bank with cuts": cut_bank,
+    "too close": too_close,
     "ensemble": lambda kind: Ensemble([make_potential(kind=kind, rates=NONE, seed=k) for k in range(8)]),
 }
 every = [f"{kind}: {case}" for kind in KINDS if kind in SMALL for case in CASES]

@@ -52,7 +52,7 @@ def test_messages_against_loops(l_in: int) -> None:
         batch = batch_of([atoms], CUTOFF)
         basis, module = BesselBasis(4, CUTOFF, 2), Message(C, 4, 2, l_in)
         x = torch.randn((l_in + 1) ** 2, batch.num_nodes, C)
-        vec = pair_vectors(batch, 2 * CUTOFF)
+        vec = pair_vectors(batch, 2 * CUTOFF, batch.forces.dtype)
         graph = GraphInputs(batch.z, batch.batch, batch.nbr, batch.nbr_reverse, 1)
         sent = module.send(by_degree(x)).transpose(0, 1)
         got = module(sent, PairFunctions(basis, 2)(vec), graph)

@@ -12,6 +12,7 @@ from forcedrop.graph import pair_vectors
 from forcedrop.potential import DropoutRates, EnergyModel
 from forcedrop.potential import blocks as blocks_module
 from forcedrop.potential.blocks import BLOCK_BYTES, blocks_of
+from forcedrop.potential.contract import lengths
 from forcedrop.potential.linear import Linear, SphereNorm, TensorLinear, by_degree
 from forcedrop.potential.network import SpherePotential
 from forcedrop.potential.pairs import PairFunctions
@@ -23,7 +24,7 @@ SHAPES = [
     {},
     {"n_layers": 1},
     {"n_layers": 3, "l_max": 3, "l_message": 2},
-    {"l_max": 2, "l_message": 1, "zbl": True},
+    {"l_max": 2, "l_message": 1, "zbl": True, "repulsion": False},
     {"l_max": 1, "l_message": 1},
 ]
 SIX = (1, 6, 8, 14, 26, 29)
@@ -219,10 +220,9 @@ def test_features_times_weights_are_the_energy(kind: str) -> None:
         shift = torch.zeros_like(potential.correction.weight)
         shift[:, f] = potential.read_weights()[f]
         potential.set_functions(shift, None)
-        moved = (
-            potential.read(vec, graph)[0] * potential.energy_scale
-            + potential.energy_scale * features[:, f] * shift[0, f]
-        )
+        share = potential.presence(lengths(vec), graph.species, graph.nbr, 4.0)
+        moved = (potential.read(vec, graph)[0] + features[:, f] * shift[0, f]) * potential.energy_scale * share
+        moved = moved + potential.repulsion(lengths(vec), graph.species, graph.nbr, 4.0)
         torch.testing.assert_close(potential(vec, graph).detach(), moved.detach(), rtol=0, atol=1e-11)
 
 
@@ -253,7 +253,7 @@ def test_radial_slopes(power) -> None:
 def test_geometry_and_its_way_back_to_the_vectors() -> None:
     pairs = PairFunctions(BesselBasis(4, 4.0), 3).double()
     batch = batch_of([STRUCTURES["silicon"]()], 4.0)
-    vec = pair_vectors(batch, 8.0)
+    vec = pair_vectors(batch, 8.0, batch.forces.dtype)
     leaf = vec.clone().requires_grad_(True)
     there, slopes = pairs(leaf), pairs.with_slopes(vec)
     torch.testing.assert_close(slopes.sphere, there.sphere.detach(), rtol=0, atol=1e-12)
