@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -210,6 +211,16 @@ class TrainConfig(_Section):
         """Of how many functions each structure of a step takes one; None for any number, 0 for the plain network."""
         found: int | None = self.uncertainty.training_functions(list(self.dropout.model_dump().values()))
         return found
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, values: Any) -> Any:
+        """Read ``stage_one``, of files from before stages went, as the keys that took its place."""
+        old = values.get("stage_one") if isinstance(values, Mapping) else None
+        if not isinstance(old, Mapping) or not set(old) <= {"epochs", "patience"} or set(old) & set(values):
+            return values
+        warnings.warn("`stage_one` is read as `epochs` and `patience`, which now stand by themselves", stacklevel=2)
+        return {key: value for key, value in values.items() if key != "stage_one"} | dict(old)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -83,7 +83,7 @@ def test_batches_by_round() -> None:
         ({"training": {"data": {"train": ["x"]}}}, "`training` must not hold `data.train`"),
         ({"training": {"epoch": 3}}, "unknown key `epoch`; did you mean `epochs`"),
         (
-            {"training": {"stage_one": {"epochs": 3}}},
+            {"training": {"stage_one": {"epochs": 3, "seed": 1}}},
             "unknown key `stage_one`; stages are gone: `epochs` and `patience` stand",
         ),
         ({"training": {"uncertainty": {"method": "none"}}}, "gives no error bars to pick by"),

@@ -72,7 +72,7 @@ def test_each_mistake_is_named(change: dict, message: str) -> None:
     ("change", "message"),
     [
         (
-            {"stage_one": {"epochs": 3}},
+            {"stage_one": {"epochs": 3, "batch_size": 2}},
             "unknown key `stage_one`; stages are gone: `epochs` and `patience` stand by themselves",
         ),
         ({"stage_two": {"epochs": 3}}, "unknown key `stage_two`; the second stage is gone"),
@@ -114,3 +114,11 @@ def test_files(tmp_path) -> None:
     assert config.output == tmp_path / "out"
     assert config.data.train == [tmp_path / "a.xyz"]
     assert config.data.isolated_atoms == {"H": -1.0}
+
+
+def test_stage_one_of_earlier_versions_is_read() -> None:
+    with pytest.warns(UserWarning, match="`stage_one` is read as `epochs` and `patience`"):
+        config = parse_config({**MINIMAL, "stage_one": {"epochs": 3, "patience": 2}})
+    assert (config.epochs, config.patience) == (3, 2)
+    with pytest.raises(ConfigError, match="unknown key `stage_one`"):
+        parse_config({**MINIMAL, "stage_one": {"epochs": 3}, "epochs": 4})
