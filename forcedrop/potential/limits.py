@@ -71,6 +71,10 @@ class ClosestApproach(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.known = bool(self.shortest.any())
 
+    def near(self, r: Tensor, species: Tensor, nbr: Tensor) -> bool:
+        """Say whether any distance (N, M) [Å] is one of which a network is told another."""
+        return self.known and bool((r < TRUSTED * self.shortest[species[:, None], species[nbr]]).any())
+
     def forward(self, r: Tensor, species: Tensor, nbr: Tensor) -> Tensor:
         """Return the distances that a network is told, (N, M) [Å], from the true ones."""
         unit = self.shortest[species[:, None], species[nbr]]

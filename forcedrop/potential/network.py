@@ -197,7 +197,7 @@ class SpherePotential(EnergyModel):
     def centred_gradients(self, vec: Tensor, graph: GraphInputs, weights: Tensor) -> tuple[Gradients, Tensor]:
         """Return energies, gradients and features of K functions that differ in ``weights`` (K, R, F), by hand."""
         r = lengths(vec)
-        told = self.told(vec, r, graph)
+        told = self.told(vec, r, graph) if self.approach.near(r, graph.species, graph.nbr) else vec
         one_hot, slopes = self.one_hot(graph, vec.dtype), self.pairs.with_slopes(told)
         layers: Any = self.layers
         readouts: Any = self.readouts
@@ -229,16 +229,18 @@ class SpherePotential(EnergyModel):
             back = layers[t].back(tapes[t], slopes, one_hot, graph, back, by_products[t], gradient)
             back[0] += into[t - 1]
         layers[0].back(tapes[0], slopes, one_hot, graph, back, by_products[0], gradient)
-        if self.approach.known:
+        if told is not vec:
             gradient = self._by_true_vectors(gradient, vec, r, graph)
         unit = vec / r[..., None]
         if share is not None:
-            gradient += energies[:, :, None, None] * (by_share[..., None] * unit)
+            gradient.addcmul_(energies[:, :, None, None], by_share[..., None] * unit)
             energies, every = energies * share, every * share[:, None]
-        energies, gradient = energies * self.energy_scale, gradient * self.energy_scale
+        energies = energies * self.energy_scale
+        gradient.mul_(self.energy_scale)
         if (repulsion := self.repulsion) is not None:
             wall, steep = with_slopes(lambda r: repulsion(r, graph.species, graph.nbr, self.cutoff), r)
-            energies, gradient = energies + wall, gradient + steep[..., None] * unit
+            energies = energies + wall
+            gradient.add_(steep[..., None] * unit)
         return Gradients(energies, gradient), every
 
     def _by_true_vectors(self, gradient: Tensor, vec: Tensor, r: Tensor, graph: GraphInputs) -> Tensor:
