@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from forcedrop.dropout.masks import check_rate, keep_mask
-from forcedrop.dropout.site import DropoutSite, check_floating, inverted
+from forcedrop.dropout.checks import (
+    check_flag,
+    check_floating,
+    check_mask,
+    check_number,
+    check_rate,
+    check_real,
+    check_tensor,
+    shown,
+)
+from forcedrop.dropout.masks import keep_mask
+from forcedrop.dropout.site import DropoutSite, inverted
 
 _POSITION_BITS = 21  # three numbers below 2²¹ share one 63-bit identity
 
@@ -30,6 +40,8 @@ class AttentionDropout(DropoutSite):
         p: the rate, in [0, 1).
         renormalise: divide by the row's sum in place of 1−p.
     """
+
+    settings = DropoutSite.settings | {"renormalise": check_flag}
 
     def __init__(self, p: float = 0.1, *, renormalise: bool = False) -> None:
         super().__init__(p)
@@ -59,15 +71,16 @@ class AttentionDropout(DropoutSite):
         """Drop attention weights, shape (…, L, S): L queries, S keys, rows along the last axis.
 
         Raises:
-            TypeError: if ``weights`` are not floating point.
-            ValueError: if they have fewer than two axes.
+            TypeError: if ``weights`` are not real floating point.
+            ValueError: if they have fewer than two axes, or ``mask`` does not fit.
         """
-        check_floating(weights, "AttentionDropout")
-        if mask is None:
-            if not self.active:
-                return weights
-            mask = self.mask(weights, generator)
-        weights = weights * mask
+        check_real(weights, "AttentionDropout")
+        if mask is not None:
+            weights = weights * check_mask(mask, weights)
+        elif self.active:
+            weights = weights * self.mask(weights, generator)
+        else:
+            return weights
         if not self.renormalise:
             return weights
         total = weights.sum(-1, keepdim=True)
@@ -92,6 +105,8 @@ class ValueDropout(DropoutSite):
 
     def mask(self, v: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a mask for ``v`` (…, S, E), shape (…, 1, E), with 1 for the batch if frozen; it fits any number of keys."""
+        if v.dim() < 2:
+            raise ValueError(f"ValueDropout needs values of shape (…, S, E), got {tuple(v.shape)}")
         return inverted(self.keep(v, (*v.shape[:-2], 1, v.shape[-1]), generator), self.p, v.dtype)
 
     def forward(self, v: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -105,7 +120,7 @@ class ValueDropout(DropoutSite):
         if v.dim() < 2:
             raise ValueError(f"ValueDropout needs values of shape (…, S, E), got {tuple(v.shape)}")
         if mask is not None:
-            return v * mask
+            return v * check_mask(mask, v)
         return v * self.mask(v, generator) if self.active else v
 
 
@@ -145,10 +160,25 @@ def dropout_attention(
         generator: for a fresh draw.
 
     Raises:
-        TypeError: if ``q`` is not floating point.
-        ValueError: if both ``attn_mask`` and ``is_causal`` are given.
+        TypeError: if ``q``, ``k``, ``v`` are not floating point of one type, or another argument is of the wrong kind.
+        ValueError: if both ``attn_mask`` and ``is_causal`` are given, or shapes do not fit.
     """
-    check_floating(q, "dropout_attention")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_real(tensor, f"`{name}` of dropout_attention")
+        if tensor.dim() < 2:
+            raise ValueError(f"`{name}` must have shape (…, length, features), got {tuple(tensor.shape)}")
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise TypeError(f"`q`, `k` and `v` must be of one type, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"`q` (…, L, E), `k` (…, S, E) and `v` (…, S, Ev) do not fit: {shapes}")
+    if attn_mask is not None:
+        check_tensor(attn_mask, "attn_mask")
+    if scale is not None:
+        scale = check_number(scale, "scale")
+    check_flag(is_causal, "is_causal")
+    if dropout is not None and not isinstance(dropout, AttentionDropout):
+        raise TypeError(f"dropout must be an AttentionDropout layer, got {shown(dropout)}")
     if attn_mask is not None and is_causal:
         raise ValueError("`attn_mask` and `is_causal=True` exclude each other, got both")
     active = dropout is not None and dropout.active

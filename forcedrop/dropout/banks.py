@@ -10,12 +10,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from forcedrop.dropout.checks import (
+    check_flag,
+    check_floating,
+    check_generator,
+    check_integer,
+    check_mask,
+    check_number,
+    check_rate,
+    check_tensor,
+)
 from forcedrop.dropout.masks import random_bits, site_key
-from forcedrop.dropout.site import DropoutSite, check_floating
+from forcedrop.dropout.site import DropoutSite
+
+_MOST_BITS = 2**20
+"""Of a bank: they are drawn in Python, a second for the most."""
+
+_DISJOINT = 1e6
+"""A scale from which masks are as disjoint as they can be."""
 
 
 def _covered(m: int, positions: int, n: int) -> float:
@@ -25,7 +42,8 @@ def _covered(m: int, positions: int, n: int) -> float:
 
 def _sizes(features: int, n: int, scale: float) -> tuple[int, int]:
     """Return the number m of features a mask keeps, and of positions to draw them from to cover about ``features``."""
-    m = round(features / (scale * (1 - (1 - 1 / scale) ** n)))
+    # far from 1, 1 − 1/scale is soon 1
+    m = round(features / (scale * (1 - (1 - 1 / scale) ** n) if scale < _DISJOINT else n))
     m = min(max(m, -(-features // n)), features)
     # disjoint masks want infinitely many positions; from (nm)² on, most draws are disjoint
     low, high = features, max(features, (n * m) ** 2)
@@ -60,12 +78,19 @@ def masksembles_masks(features: int, n: int = 4, scale: float = 2.0, *, seed: in
         seed: another one gives other masks.
 
     Raises:
-        ValueError: if ``features`` or ``n`` is less than 1, or ``scale`` less than 1 or infinite.
+        TypeError: if ``features`` or ``n`` is no integer, or ``scale`` no number.
+        ValueError: if ``features`` or ``n`` is less than 1, n·C over a million, or ``scale`` less than 1 or infinite.
     """
+    features, n = check_integer(features, "features"), check_integer(n, "n")
+    scale = check_number(scale, "scale")
     if features < 1 or n < 1:
         raise ValueError(f"`features` and `n` must be at least 1, got {features} and {n}")
     if not 1.0 <= scale < float("inf"):
         raise ValueError(f"`scale` must be finite and at least 1, got {scale}")
+    if n * features > _MOST_BITS:
+        raise ValueError(
+            f"a bank of {n} masks of {features} features is too large: at most {_MOST_BITS} bits are possible"
+        )
     m, positions = _sizes(features, n, scale)
     key = site_key(seed, "masksembles")
     for attempt in itertools.count():
@@ -86,10 +111,12 @@ def overlap(masks: Tensor) -> Tensor:
     """Return the intersection over union of every two masks, shape (n, n), for masks (n, C) whose kept units are not 0.
 
     Raises:
-        ValueError: if ``masks`` does not have two axes.
+        TypeError: if ``masks`` is no tensor.
+        ValueError: if it does not have two axes, or a mask keeps nothing.
     """
-    if masks.dim() != 2:
-        raise ValueError(f"`masks` must have shape (n, C), got {tuple(masks.shape)}")
+    _check_masks(masks)
+    if not bool((masks != 0).any(1).all()):
+        raise ValueError("`masks` must keep something each, got one that keeps nothing")
     kept = (masks != 0).to(torch.float64)
     both = kept @ kept.T
     sizes = kept.sum(1)
@@ -100,6 +127,18 @@ def normalised(masks: Tensor, dtype: torch.dtype) -> Tensor:
     """Return masks (n, C) of kept units with the mean 1 over the n for every feature that any of them keeps."""
     kept = (masks != 0).to(dtype)
     return kept / kept.mean(0).clamp(min=1 / masks.shape[0])
+
+
+def _check_masks(masks: Tensor) -> None:
+    check_tensor(masks, "masks")
+    if masks.dim() != 2:
+        raise ValueError(f"`masks` must have shape (n, C), got {tuple(masks.shape)}")
+
+
+def _check_dim(dim: Any, name: str = "dim") -> int:
+    if check_integer(dim, name) == 0:
+        raise ValueError("`dim` is the features' axis, got 0, which is the batch")
+    return int(dim)
 
 
 def _check_features(x: Tensor, features: int, dim: int) -> None:
@@ -116,6 +155,11 @@ def _along(rows: Tensor, x: Tensor, dim: int) -> Tensor:
     shape = [1] * x.dim()
     shape[0], shape[dim] = rows.shape
     return rows.reshape(shape)
+
+
+def _share(bank: Tensor) -> float:
+    """Return the share of features that a mask of a bank drops."""
+    return 1.0 - int(bank[0].sum()) / bank.shape[1]
 
 
 class MaskBankDropout(DropoutSite):
@@ -144,18 +188,31 @@ class MaskBankDropout(DropoutSite):
     """
 
     bank: Tensor
+    settings = DropoutSite.settings | {"dim": _check_dim, "chunks": check_flag}
+    fixed = frozenset({"scale"})
 
     def __init__(
         self, features: int, n: int = 4, scale: float = 2.0, *, seed: int = 0, dim: int = 1, chunks: bool = False
     ) -> None:
         bank = masksembles_masks(features, n, scale, seed=seed)
-        super().__init__(1.0 - int(bank[0].sum()) / features)
-        if dim == 0:
-            raise ValueError("`dim` is the features' axis, got 0, which is the batch")
+        super().__init__(_share(bank))
         self.register_buffer("bank", bank)
-        self.scale = scale
+        self.scale = float(scale)
         self.dim = dim
         self.chunks = chunks
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "p" and "bank" in self._buffers:
+            share = _share(self.bank)
+            if check_rate(value) not in (0.0, share):
+                raise ValueError(f"`p` of MaskBankDropout is that of its bank, {share:.4g}, or 0 for none, got {value}")
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the rate of the bank that is loaded."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}bank" in state_dict and not self.bank.is_meta:
+            self.p = _share(self.bank)
 
     def choice(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Return the number of the mask for each entry of a batch, shape (batch,), or (1,) for a frozen function.
@@ -167,6 +224,7 @@ class MaskBankDropout(DropoutSite):
         n, device = self.bank.shape[0], self.bank.device
         if self._function is not None:
             return torch.as_tensor(self._function.sample, dtype=torch.int64, device=device).reshape(-1) % n
+        check_generator(generator)
         if not self.chunks:
             return torch.randint(n, (batch,), generator=generator, device=device)
         if batch < n:
@@ -193,7 +251,7 @@ class MaskBankDropout(DropoutSite):
         """
         _check_features(x, self.bank.shape[1], self.dim)
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
     def extra_repr(self) -> str:
@@ -219,14 +277,14 @@ def mask_bank_dropout(
         TypeError: if ``x`` is not floating point.
         ValueError: if ``masks`` does not have two axes, ``x`` lacks the features' axis, or ``dim`` is 0.
     """
-    if masks.dim() != 2:
-        raise ValueError(f"`masks` must have shape (n, C), got {tuple(masks.shape)}")
-    if dim == 0:
-        raise ValueError("`dim` is the features' axis, got 0, which is the batch")
-    _check_features(x, masks.shape[1], dim)
+    _check_masks(masks)
+    if not len(masks):
+        raise ValueError("`masks` must have shape (n, C) with n of 1 or more, got none")
+    _check_features(x, masks.shape[1], _check_dim(dim))
     if mask is not None:
-        return x * mask
+        return x * check_mask(mask, x)
     if not training:
         return x
+    check_generator(generator)
     chosen = torch.randint(masks.shape[0], (x.shape[0],), generator=generator, device=x.device)
     return x * _along(normalised(masks, x.dtype).index_select(0, chosen), x, dim)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from forcedrop.dropout.checks import check_mask, check_real, check_same_dtype, shown
+
 
 class RecurrentMasks(NamedTuple):
     """The masks of one layer and direction, for all time steps; None drops nothing.
@@ -50,6 +52,55 @@ class Step(Protocol):
 
     def __call__(self, gates: Tensor, state: State, weights: Weights, masks: RecurrentMasks) -> State:
         """Return the state after the step."""
+
+
+def _check(x: Tensor, state: State, weights: Weights, masks: RecurrentMasks, gates: int, what: str) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        TypeError: if something is no tensor, or ``weights`` or ``masks`` are of another kind.
+        ValueError: if a shape does not fit.
+    """
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be forcedrop.dropout.cells.Weights, got {shown(weights)}")
+    if not isinstance(state, tuple) or len(state) != (2 if gates == 4 else 1):
+        raise TypeError(f"the state of {what} must be {'(h, c)' if gates == 4 else 'a tensor'}, got {shown(state)}")
+    check_real(x, f"`x` of {what}")
+    for tensor in (*state, weights.ih, weights.hh):
+        check_real(tensor, f"a state or a weight of {what}")
+        check_same_dtype(x, tensor, what)
+    h = state[0]
+    if x.dim() != 2 or any(part.shape != (x.shape[0], h.shape[-1]) for part in state):
+        shapes = [tuple(part.shape) for part in state]
+        raise ValueError(
+            f"{what} needs `x` of shape (B, F) and states of shape (B, H), got {tuple(x.shape)} and {shapes}"
+        )
+    rows = gates * h.shape[1]
+    if weights.ih.shape != (rows, x.shape[1]) or weights.hh.shape != (rows, h.shape[1]):
+        wanted = f"({rows}, {x.shape[1]}) and ({rows}, {h.shape[1]})"
+        raise ValueError(
+            f"{what} needs weights of {wanted}, got {tuple(weights.ih.shape)} and {tuple(weights.hh.shape)}"
+        )
+    for bias in (weights.bias_ih, weights.bias_hh):
+        if bias is not None:
+            check_real(bias, f"a bias of {what}")
+            if bias.shape != (rows,):
+                raise ValueError(f"{what} needs biases of shape ({rows},), got {tuple(bias.shape)}")
+    check_masks(masks, x, h, weights.hh)
+
+
+def check_masks(masks: RecurrentMasks, x: Tensor, h: Tensor, hh: Tensor) -> None:
+    """Refuse masks that do not fit inputs ``x`` (B, F), states ``h`` (B, H) and recurrent weights ``hh``.
+
+    Raises:
+        TypeError: if ``masks`` are no :class:`RecurrentMasks` of tensors.
+        ValueError: if a shape does not fit.
+    """
+    if not isinstance(masks, RecurrentMasks):
+        raise TypeError(f"masks of one layer and direction must be RecurrentMasks, got {shown(masks)}")
+    for name, mask, like in zip(masks._fields, masks, (x, h, h, hh), strict=True):
+        if mask is not None:
+            check_mask(mask, like, f"masks.{name}")
 
 
 def _times(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -96,7 +147,12 @@ def lstm_cell(
         state: h and c, shape (B, H) each.
         weights: of ``torch.nn.LSTMCell``, say.
         masks: give the same ones at every step of a sequence.
+
+    Raises:
+        TypeError: if something is no tensor of the weights' type, or of another kind.
+        ValueError: if a shape does not fit.
     """
+    _check(x, state, weights, masks, 4, "lstm_cell")
     _, (h, c) = run(lstm_step, x[None], state, weights, masks)
     return h, c
 
@@ -109,6 +165,11 @@ def gru_cell(x: Tensor, state: Tensor, weights: Weights, masks: RecurrentMasks =
         state: h, shape (B, H).
         weights: of ``torch.nn.GRUCell``, say.
         masks: give the same ones at every step of a sequence.
+
+    Raises:
+        TypeError: if something is no tensor of the weights' type, or of another kind.
+        ValueError: if a shape does not fit.
     """
+    _check(x, (state,), weights, masks, 3, "gru_cell")
     _, (h,) = run(gru_step, x[None], (state,), weights, masks)
     return h

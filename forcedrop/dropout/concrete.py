@@ -3,13 +3,16 @@ r"""Concrete dropout: the rate of each site is learned by gradient descent, thro
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forcedrop.dropout.site import DropoutSite, check_floating
+from forcedrop.dropout.checks import check_floating, check_mask, check_number, check_positive, check_real, check_size
+from forcedrop.dropout.site import DropoutSite, fresh_uniform
 
 _EPS = 1e-7
+_LOGIT = 80.0  # exp(−80) is a number of float32 still
 
 
 def concrete_mask(rate: Tensor, uniform: Tensor, temperature: float = 0.1) -> Tensor:
@@ -24,8 +27,25 @@ def concrete_mask(rate: Tensor, uniform: Tensor, temperature: float = 0.1) -> Te
         uniform: independent uniform numbers u in [0, 1).
         temperature: t > 0; 0 would be the Bernoulli mask.
     """
-    dropped = torch.sigmoid((torch.logit(rate) + torch.logit(uniform, eps=_EPS)) / temperature)
-    return (1 - dropped) / (1 - rate)
+    return _relaxed(torch.logit(rate), uniform, temperature) / (1 - rate)
+
+
+def _relaxed(logit: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Return how much of each unit is kept, from the rate's logit."""
+    return torch.sigmoid(-(logit + torch.logit(uniform, eps=_EPS)) / temperature)
+
+
+def check_learned_rate(p: Any, name: str = "p") -> float:
+    """Return ``p`` if it is a rate that can be learned.
+
+    Raises:
+        TypeError: if ``p`` is no number.
+        ValueError: if ``p`` is not in (0, 1).
+    """
+    p = check_number(p, name)
+    if not 0 < p < 1:
+        raise ValueError(f"`{name}` must lie in (0, 1) where it is learned, got {p}")
+    return p
 
 
 class ConcreteDropout(DropoutSite):
@@ -47,24 +67,25 @@ class ConcreteDropout(DropoutSite):
     """
 
     logit: nn.Parameter
+    settings = DropoutSite.settings | {
+        "p": check_learned_rate,
+        "temperature": check_positive,
+        "length_scale": check_positive,
+    }
 
     def __init__(self, p: float = 0.1, *, temperature: float = 0.1, length_scale: float = 1.0) -> None:
         super().__init__(p)
-        for name, value in (("temperature", temperature), ("length_scale", length_scale)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive, got {value}")
         self.temperature = temperature
         self.length_scale = length_scale
 
     @property
     def p(self) -> float:
         """The current rate, a number read from the parameter ``logit``; assigning sets the parameter."""
-        return float(torch.sigmoid(self.logit.detach()))
+        logit = torch.tensor(float(self.logit.detach()), dtype=torch.float64)  # in float32 the rate would soon be 1
+        return float(torch.sigmoid(logit))
 
     @p.setter
     def p(self, value: float) -> None:
-        if not 0 < value < 1:
-            raise ValueError(f"`p` must lie in (0, 1) where it is learned, got {value}")
         logit = math.log(value) - math.log1p(-value)
         if "logit" in self._parameters:
             nn.init.constant_(self.logit, logit)
@@ -76,6 +97,10 @@ class ConcreteDropout(DropoutSite):
         """The current rate as a tensor without axes, differentiable in ``logit``; in float32 at least."""
         return torch.sigmoid(self.logit.to(torch.promote_types(self.logit.dtype, torch.float32)))
 
+    def _logit(self) -> Tensor:
+        """Return the rate's logit in float32 at least, where 1−p is a number above 0."""
+        return self.logit.to(torch.promote_types(self.logit.dtype, torch.float32)).clamp(-_LOGIT, _LOGIT)
+
     @property
     def active(self) -> bool:
         """Whether a call without a mask would drop anything: the rate itself is never 0."""
@@ -86,24 +111,25 @@ class ConcreteDropout(DropoutSite):
 
         To keep a mask over several optimiser steps, detach it: its graph belongs to the rate it was drawn with.
         """
-        rate = self.rate
+        logit = self._logit()
+        keep_rate = torch.sigmoid(-logit)  # not 1 − p, which is soon 0
         if self._function is None:
-            uniform = torch.rand(x.shape, generator=generator, dtype=rate.dtype, device=x.device)
-            return concrete_mask(rate, uniform, self.temperature).to(x.dtype)
-        rate = rate.detach()
+            uniform = fresh_uniform(x.shape, x.device, generator, logit.dtype)
+            return (_relaxed(logit, uniform, self.temperature) / keep_rate).to(x.dtype)
         shape = (1, *x.shape[1:]) if x.dim() > 1 else tuple(x.shape)
-        uniform = self._function.uniform(self._site, shape, dtype=rate.dtype, device=x.device)
-        return ((uniform >= rate) / (1 - rate)).to(x.dtype)
+        uniform = self._function.uniform(self._site, shape, dtype=logit.dtype, device=x.device)
+        return ((uniform >= torch.sigmoid(logit.detach())) / keep_rate.detach()).to(x.dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Drop units of ``x``, any shape.
 
         Raises:
             TypeError: if ``x`` is not floating point.
+            ValueError: if ``mask`` does not fit.
         """
         check_floating(x, "ConcreteDropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
     def regulariser(self, weight: Tensor, n_data: int, *, units: int | None = None) -> Tensor:
@@ -124,21 +150,22 @@ class ConcreteDropout(DropoutSite):
             ValueError: if ``n_data`` or ``units`` is less than 1, or ``weight`` has fewer than 2 axes and ``units`` is
                 not given.
         """
-        if n_data < 1:
+        check_real(weight, "ConcreteDropout.regulariser")
+        if check_number(n_data, "n_data") < 1:
             raise ValueError(f"`n_data` must be at least 1, got {n_data}")
         if units is None and weight.dim() < 2:
             raise ValueError(f"`weight` needs shape (outputs, inputs, …), got {tuple(weight.shape)}")
-        n_units = weight.shape[1] if units is None else units
-        if n_units < 1:
-            raise ValueError(f"`units` must be at least 1, got {n_units}")
-        rate = self.rate
-        shrink = self.length_scale**2 * weight.square().sum() / (2 * (1 - rate))
-        entropy = -(torch.xlogy(rate, rate) + torch.xlogy(1 - rate, 1 - rate))
+        n_units = check_size(weight.shape[1] if units is None else units, "units")
+        logit = self._logit()
+        rate, keep_rate = torch.sigmoid(logit), torch.sigmoid(-logit)
+        shrink = self.length_scale**2 * weight.square().sum() / (2 * keep_rate)
+        entropy = -(torch.xlogy(rate, rate) + torch.xlogy(keep_rate, keep_rate))
         return (shrink - n_units * entropy) / n_data
 
     def extra_repr(self) -> str:
         """Say the current rate and the settings."""
-        return f"p={self.p:.4g}, temperature={self.temperature}, length_scale={self.length_scale}"
+        rate = "unknown" if self.logit.is_meta else f"{self.p:.4g}"
+        return f"p={rate}, temperature={self.temperature}, length_scale={self.length_scale}"
 
 
 def concrete_dropout(
@@ -154,14 +181,18 @@ def concrete_dropout(
 
     Raises:
         TypeError: if ``x`` is not floating point.
-        ValueError: if ``rate`` has axes.
+        ValueError: if ``rate`` has axes or is not in (0, 1), ``temperature`` is not positive, or ``mask`` does not fit.
     """
     check_floating(x, "concrete_dropout")
+    check_real(rate, "the `rate` of concrete_dropout")
     if rate.dim() != 0:
         raise ValueError(f"`rate` must have no axes, got shape {tuple(rate.shape)}")
+    temperature = check_positive(temperature, "temperature")
+    if not torch.compiler.is_compiling() and not rate.is_meta and not 0 < float(rate.detach()) < 1:
+        raise ValueError(f"`rate` must lie in (0, 1), got {float(rate.detach())}")
     if mask is not None:
-        return x * mask
+        return x * check_mask(mask, x)
     if not training:
         return x
-    uniform = torch.rand(x.shape, generator=generator, dtype=rate.dtype, device=x.device)
+    uniform = fresh_uniform(x.shape, x.device, generator, rate.dtype)
     return x * concrete_mask(rate, uniform, temperature).to(x.dtype)

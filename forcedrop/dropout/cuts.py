@@ -12,13 +12,22 @@ function of the distances, blind to the order of nodes, and the same for two cop
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.masks import check_rate
-from forcedrop.dropout.site import DropoutSite, check_floating
+from forcedrop.dropout.checks import (
+    LARGEST,
+    check_generator,
+    check_integer,
+    check_number,
+    check_rate,
+    check_real,
+    check_tensor,
+)
+from forcedrop.dropout.site import DropoutSite
 
 NEVER = 1e6
 """A radius beyond all pairs."""
@@ -54,15 +63,30 @@ class EdgeCutDropout(DropoutSite):
     """
 
     bank: Tensor
+    fixed = frozenset({"kinds"})
 
     def __init__(self, kinds: int, cutoff: float, p: float = 0.3, *, first: float = 1.8, width: float = 0.5) -> None:
         super().__init__(p)
-        if kinds < 1 or not 0 <= first < cutoff or not width > 0:
+        kinds = check_integer(kinds, "kinds", high=LARGEST)
+        numbers = (("cutoff", cutoff), ("first", first), ("width", width))
+        cutoff, first, width = (check_number(value, name) for name, value in numbers)
+        if kinds < 1 or not 0 <= first < cutoff < math.inf or not 0 < width < math.inf:
             raise ValueError(
                 f"cuts need kinds ≥ 1, 0 ≤ first < cutoff and width > 0, got {kinds}, {first}, {cutoff}, {width}"
             )
-        self.kinds, self.cutoff, self.first, self.width = kinds, float(cutoff), float(first), float(width)
+        self.kinds, self.cutoff, self.first, self.width = kinds, cutoff, first, width
         self.register_buffer("bank", torch.empty(0, kinds))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("cutoff", "first", "width"):
+            value = check_number(value, name)
+            set_so_far = {"first": 0.0, "cutoff": math.inf, **vars(self), name: value}
+            sound = (
+                0 <= set_so_far["first"] < set_so_far["cutoff"] and value < math.inf and (name != "width" or value > 0)
+            )
+            if not sound:
+                raise ValueError(f"cuts need 0 ≤ first < cutoff and width > 0, got {name} = {value}")
+        super().__setattr__(name, value)
 
     @property
     def active(self) -> bool:
@@ -99,6 +123,7 @@ class EdgeCutDropout(DropoutSite):
         elif generator is None:  # torch.compile cannot trace `generator=None`
             u = torch.rand(shape, dtype=like.dtype, device=like.device)
         else:
+            check_generator(generator)
             u = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
         chance, place = u.unflatten(1, (2, self.kinds)).unbind(1)
         radii = torch.where(chance < self.p, self.first + place * (self.cutoff - self.first), NEVER)
@@ -112,7 +137,14 @@ class EdgeCutDropout(DropoutSite):
             kind: of each pair, integers in [0, kinds), of the same shape.
             radii: of each kind, shape (kinds,), or (rows, kinds).
         """
-        cut = radii[kind] if radii.dim() == 1 else radii.gather(1, kind.flatten(1)).reshape(kind.shape)
+        kind = kind.to(torch.int64)
+        try:  # neither takes a negative kind for the last one
+            if radii.dim() == 1:
+                cut = radii.index_select(0, kind.reshape(-1)).reshape(kind.shape)
+            else:
+                cut = radii.gather(1, kind.flatten(1)).reshape(kind.shape)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"`kind` must lie in [0, {radii.shape[-1]}): {error}") from error
         left = 1 - smooth_step((r - cut) / self.width)
         mean = _step_integral((r - self.first) / self.width) - _step_integral((r - self.cutoff) / self.width)
         return left / (1 - self.p * self.width / (self.cutoff - self.first) * mean)
@@ -130,21 +162,33 @@ class EdgeCutDropout(DropoutSite):
 
         Raises:
             TypeError: if ``r`` is not floating point.
-            ValueError: if ``kind`` has another shape.
+            ValueError: if ``kind`` has another shape or lies outside of [0, kinds), or ``radii`` have a wrong shape.
         """
-        check_floating(r, "EdgeCutDropout")
+        check_real(r, "EdgeCutDropout")
+        check_tensor(kind, "kind")
+        if kind.is_floating_point() or kind.is_complex() or kind.dtype == torch.bool:
+            raise TypeError(f"kind must hold integers, got {kind.dtype}")
         if kind.shape != r.shape:
             raise ValueError(f"`kind` must have the shape of the distances, {tuple(r.shape)}, got {tuple(kind.shape)}")
         if radii is None:
             if not self.active:
                 return None
             radii = self.radii(r, generator)
+        else:
+            self._check_radii(radii, r)
         return self.weights(r, kind, radii)
+
+    def _check_radii(self, radii: Tensor, r: Tensor) -> None:
+        check_real(radii, "the `radii` of EdgeCutDropout")
+        by_row = (r.shape[0], self.kinds) if r.dim() else None
+        if radii.shape not in ((self.kinds,), by_row):
+            wanted = f"({self.kinds},) or {by_row}" if by_row else f"({self.kinds},)"
+            raise ValueError(f"`radii` must have shape {wanted}, got {tuple(radii.shape)}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a bank of any size."""
         bank = state_dict.get(f"{prefix}bank")
-        if bank is not None:
+        if isinstance(bank, Tensor) and bank.dim() == 2:
             self.bank = self.bank.new_empty((len(bank), self.kinds))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

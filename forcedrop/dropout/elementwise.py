@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from forcedrop.dropout.site import DropoutSite, check_floating, inverted
+from forcedrop.dropout.checks import check_floating, check_generator, check_mask
+from forcedrop.dropout.site import DropoutSite, inverted
 
 
 class Dropout(DropoutSite):
@@ -36,7 +37,7 @@ class Dropout(DropoutSite):
         """
         check_floating(x, "Dropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         if not self.active:
             return x
         if self._function is None and generator is None and not x.is_complex():
@@ -68,7 +69,7 @@ class ClassicDropout(DropoutSite):
         """
         check_floating(x, "ClassicDropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         if self.active:
             return x * self.mask(x, generator)
         return x * (1.0 - self.p) if self.p else x
@@ -84,14 +85,16 @@ class GaussianDropout(DropoutSite):
     """
 
     def mask(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return a mask for ``x``, of mean 1 and variance p/(1−p)."""
+        """Return a mask for ``x``, real, of mean 1 and variance p/(1−p)."""
+        dtype = x.dtype.to_real()
         if self._function is not None:
             shape = (1, *x.shape[1:]) if x.dim() > 1 else tuple(x.shape)
-            noise = self._function.normal(self._site, shape, dtype=x.dtype, device=x.device)
+            noise = self._function.normal(self._site, shape, dtype=dtype, device=x.device)
         elif generator is None:  # torch.compile cannot trace `generator=None` with a batch of changing size
-            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device)
+            noise = torch.randn(x.shape, dtype=dtype, device=x.device)
         else:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            check_generator(generator)
+            noise = torch.randn(x.shape, generator=generator, dtype=dtype, device=x.device)
         return 1 + math.sqrt(self.p / (1 - self.p)) * noise
 
     def forward(self, x: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -102,7 +105,7 @@ class GaussianDropout(DropoutSite):
         """
         check_floating(x, "GaussianDropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
 

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.site import DropoutSite, check_floating, inverted
+from forcedrop.dropout.checks import LARGEST, check_flag, check_floating, check_integer, check_mask, shown
+from forcedrop.dropout.site import DropoutSite, inverted
+
+MOST_COMPONENTS = 2**24
+"""Of irreps, what the last axis of an input may hold."""
 
 _TERM = re.compile(r"(?:(\d+)x)?(\d+)([eo]?)")
 
@@ -23,7 +27,9 @@ _TERM = re.compile(r"(?:(\d+)x)?(\d+)([eo]?)")
 def _parse_term(term: str) -> tuple[int, int]:
     match = _TERM.fullmatch(term.strip())
     if match is None:
-        raise ValueError(f"irreps are written such as '16x0e + 8x1o', got the term {term!r}")
+        raise ValueError(f"irreps are written such as '16x0e + 8x1o', got the term {shown(term)}")
+    if len(term) > 40:  # more digits than any size has; Python refuses thousands with an error of its own
+        raise ValueError(f"`irreps` have more components than the {MOST_COMPONENTS} that are possible: {shown(term)}")
     return int(match[1] or 1), int(match[2])
 
 
@@ -38,12 +44,16 @@ def parse_irreps(irreps: str | Iterable[Any]) -> list[tuple[int, int]]:
         ValueError: if a block is written otherwise, or a multiplicity or an l is negative.
         TypeError: if a block is neither a tuple nor a list, or a multiplicity or an l is not an integer.
     """
+    if not isinstance(irreps, str) and not isinstance(irreps, Iterable):
+        raise TypeError(f"irreps must be a string or blocks (multiplicity, l), got {shown(irreps)}")
     if isinstance(irreps, str):
         return [_parse_term(term) for term in irreps.split("+")] if irreps.strip() else []
     blocks = []
     for block in irreps:
         if not isinstance(block, list | tuple):
-            raise TypeError(f"a block of irreps is (multiplicity, l) or (multiplicity, l, parity), got {block!r}")
+            raise TypeError(f"a block of irreps is (multiplicity, l) or (multiplicity, l, parity), got {shown(block)}")
+        if not block:
+            raise ValueError("a block of irreps is (multiplicity, l) or (multiplicity, l, parity), got an empty one")
         multiplicity, *irrep = block
         if len(irrep) == 1 and isinstance(irrep[0], tuple):
             degree, _parity = irrep[0]  # an e3nn Irrep is a tuple that refuses to tell its length
@@ -51,15 +61,23 @@ def parse_irreps(irreps: str | Iterable[Any]) -> list[tuple[int, int]]:
         if len(irrep) not in (1, 2):
             raise ValueError(f"a block of irreps is (multiplicity, l) or (multiplicity, l, parity), got {block!r}")
         if not (isinstance(multiplicity, int) and isinstance(irrep[0], int)):
-            raise TypeError(f"multiplicity and l are integers, got {block!r}")
+            raise TypeError(f"multiplicity and l are integers, got {shown(block)}")
         if multiplicity < 0 or irrep[0] < 0:
             raise ValueError(f"multiplicity and l are not negative, got {block!r}")
         blocks.append((multiplicity, irrep[0]))
     return blocks
 
 
+def _check_tensor_rank(rank: Any, name: str) -> int:
+    if check_integer(rank, name) < 0:
+        raise ValueError(f"`{name}` must not be negative, got {rank}")
+    return check_integer(rank, name, 0, 64)  # torch's tensors have no more axes
+
+
 class _ChannelSite(DropoutSite):
     """A site with one bit per channel, for every row alike or for each entry of the first axis."""
+
+    settings = DropoutSite.settings | {"shared": check_flag}
 
     def __init__(self, p: float, *, shared: bool) -> None:
         super().__init__(p)
@@ -90,13 +108,18 @@ class IrrepsDropout(_ChannelSite):
     """
 
     channel_of: Tensor
+    fixed = frozenset({"irreps", "channels"})
 
     def __init__(self, irreps: str | Iterable[Any], p: float = 0.5, *, shared: bool) -> None:
         super().__init__(p, shared=shared)
         self.irreps = parse_irreps(irreps)
-        widths = [2 * degree + 1 for multiplicity, degree in self.irreps for _ in range(multiplicity)]
-        self.channels = len(widths)
-        channel_of = torch.repeat_interleave(torch.arange(self.channels), torch.tensor(widths, dtype=torch.int64))
+        size = sum(multiplicity * (2 * degree + 1) for multiplicity, degree in self.irreps)
+        if size > MOST_COMPONENTS:
+            raise ValueError(f"`irreps` have {size} components, at most {MOST_COMPONENTS} are possible")
+        self.channels = sum(multiplicity for multiplicity, _ in self.irreps)
+        multiplicities, degrees = torch.tensor(self.irreps, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        widths = torch.repeat_interleave(2 * degrees + 1, multiplicities)
+        channel_of = torch.repeat_interleave(torch.arange(self.channels), widths)
         self.register_buffer("channel_of", channel_of, persistent=False)
 
     def _check(self, x: Tensor) -> None:
@@ -126,7 +149,7 @@ class IrrepsDropout(_ChannelSite):
         """
         self._check(x)
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
     def extra_repr(self) -> str:
@@ -153,10 +176,10 @@ class TensorDropout(_ChannelSite):
         ValueError: if ``p`` is not in [0, 1), or ``rank`` is negative.
     """
 
+    settings = _ChannelSite.settings | {"rank": _check_tensor_rank}
+
     def __init__(self, rank: int, p: float = 0.5, *, shared: bool) -> None:
         super().__init__(p, shared=shared)
-        if rank < 0:
-            raise ValueError(f"`rank` must not be negative, got {rank}")
         self.rank = rank
 
     def _check(self, x: Tensor) -> None:
@@ -187,7 +210,7 @@ class TensorDropout(_ChannelSite):
         """
         self._check(x)
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
     def extra_repr(self) -> str:
@@ -212,13 +235,20 @@ class SphericalDropout(DropoutSite):
         ValueError: if ``p`` is not in [0, 1), or ``l_max``, ``channels`` or ``kinds`` is negative.
     """
 
+    fixed = frozenset({"l_max", "channels"})
     degree: Tensor
     centre: Tensor | None
 
     def __init__(self, l_max: int, channels: int, p: float = 0.5, *, kinds: int = 0) -> None:
         super().__init__(p)
+        sizes = (("l_max", l_max), ("channels", channels), ("kinds", kinds))
+        l_max, channels, kinds = (check_integer(value, name, high=LARGEST) for name, value in sizes)
         if min(l_max, channels, kinds) < 0:
             raise ValueError(f"`l_max`, `channels` and `kinds` must not be negative, got {l_max}, {channels}, {kinds}")
+        if (l_max + 1) ** 2 * max(channels, 1) > LARGEST or kinds * channels > LARGEST:
+            raise ValueError(
+                f"{l_max}, {channels} and {kinds} are too large: a tensor has at most {LARGEST} components"
+            )
         self.l_max, self.channels = l_max, channels
         degree = torch.repeat_interleave(torch.arange(l_max + 1), 2 * torch.arange(l_max + 1) + 1)
         self.register_buffer("degree", degree, persistent=False)
@@ -253,17 +283,22 @@ class SphericalDropout(DropoutSite):
 
         Raises:
             TypeError: if ``x`` is not floating point.
-            ValueError: if it does not have the layer's shape, or kinds are missing.
+            ValueError: if it does not have the layer's shape, kinds are missing, or ``mask`` does not fit.
         """
         self._check(x)
-        if mask is None:
-            if not self.active:
-                return x
+        if mask is not None:
+            mask = check_mask(mask, x)
+        elif self.active:
             mask = self.mask(x, generator)
+        else:
+            return x
         if self.centre is None:
             return x * mask
         if kind is None:
             raise ValueError("SphericalDropout with centres needs the kind of each row")
+        self._check_kind(kind, x)
+        if mask.dim() != 3 or mask.shape[0] != x.shape[0]:
+            mask = mask.broadcast_to(x.shape)
         scalars = x[:1] + (mask[:1] - 1) * (x[:1] - kind @ self.centre)
         return torch.cat([scalars, x[1:] * mask[1:]])
 
@@ -275,8 +310,16 @@ class SphericalDropout(DropoutSite):
         """
         if self.centre is None:
             raise ValueError("this SphericalDropout has no centres: it was made with kinds=0")
+        self._check(x)
+        self._check_kind(kind, x)
         count = kind.sum(0)[:, None]
         self.centre.copy_(torch.where(count > 0, kind.T @ x[0] / count.clamp(min=1), self.centre))
+
+    def _check_kind(self, kind: Tensor, x: Tensor) -> None:
+        check_floating(kind, "the `kind` of SphericalDropout, one-hot,")
+        wanted = (x.shape[1], 0 if self.centre is None else self.centre.shape[0])
+        if kind.shape != wanted:
+            raise ValueError(f"`kind` must be one-hot, shape {tuple(wanted)}, got {tuple(kind.shape)}")
 
     def _check(self, x: Tensor) -> None:
         check_floating(x, "SphericalDropout")

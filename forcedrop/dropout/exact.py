@@ -21,8 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from forcedrop.dropout.masks import check_rate, kept, normal_noise, random_bits, site_key
-from forcedrop.dropout.site import DropoutSite, check_floating, inverted
+from forcedrop.dropout.checks import (
+    LARGEST,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_number,
+    check_rate,
+    check_real,
+    check_same_dtype,
+    check_size,
+    check_tensor,
+)
+from forcedrop.dropout.masks import check_table, kept, normal_noise, random_bits, site_key
+from forcedrop.dropout.site import DropoutSite, inverted
 
 SITE = "exact"
 """The name under which masks are drawn, whatever the layer's place in a network."""
@@ -46,10 +59,12 @@ def exact_masks(n: int, features: int, p: float, *, seed: int = 0, first: int = 
         ValueError: if ``p`` is not in [0, 1), ``n`` or ``features`` is less than 1, or ``first`` is negative.
     """
     check_rate(p)
+    n, features = check_integer(n, "n"), check_integer(features, "features")
     if n < 1 or features < 1:
         raise ValueError(f"`n` and `features` must be at least 1, got {n} and {features}")
-    if first < 0:
+    if check_integer(first, "first", high=2**62) < 0:
         raise ValueError(f"`first` must not be negative, got {first}")
+    check_table(n, features, "masks")
     return kept(random_bits(site_key(seed, SITE), torch.arange(first, first + n), torch.arange(features)), p)
 
 
@@ -74,12 +89,15 @@ def exact_weights(
             its ``noise``, or the equations of a mask do not determine its weights.
     """
     _check_equations(precision, pull)
-    _check_ratio(draw)
+    draw = _check_ratio(draw)
+    check_tensor(keep, "keep")
     if keep.dtype != torch.bool:
         raise TypeError(f"`keep` must be boolean, got {keep.dtype}")
     if keep.dim() != 2 or keep.shape[1] != len(pull):
         raise ValueError(f"`keep` must have shape (K, {len(pull)}), got {tuple(keep.shape)}")
     shape = (len(keep), *pull.shape)
+    if noise is not None:
+        check_real(noise, "the `noise` of exact_weights")
     if draw and (noise is None or tuple(noise.shape) != shape):
         got = None if noise is None else tuple(noise.shape)
         raise ValueError(f"`noise` must have shape {shape} where `draw` is not 0, got {got}")
@@ -145,9 +163,14 @@ class ExactDropout(DropoutSite):
 
     def __init__(self, features: int, outputs: int = 1, p: float = 0.3, *, bias: bool = True) -> None:
         super().__init__(p)
+        features, outputs = (
+            check_integer(features, "features", high=LARGEST),
+            check_integer(outputs, "outputs", high=LARGEST),
+        )
         if features < 1 or outputs < 1:
             raise ValueError(f"`features` and `outputs` must be at least 1, got {features} and {outputs}")
-        linear = nn.Linear(features, outputs, bias=bias)
+        check_table(outputs, features, "weights")
+        linear = nn.Linear(features, outputs, bias=check_flag(bias, "bias"))
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.register_buffer("bank", torch.zeros(0, outputs, features))
@@ -193,14 +216,16 @@ class ExactDropout(DropoutSite):
 
         Raises:
             TypeError: if ``x`` is not floating point.
-            ValueError: if it lacks the features, or a frozen sample is no function of the bank or does not fit its rows.
+            ValueError: if it lacks the features, ``mask`` does not fit them, or a frozen sample is no function of the bank or
+                does not fit its rows.
         """
         check_floating(x, "ExactDropout")
+        check_same_dtype(x, self.weight, "ExactDropout")
         features = self.weight.shape[1]
         if x.dim() < 1 or x.shape[-1] != features:
             raise ValueError(f"ExactDropout needs {features} features on the last axis, got shape {tuple(x.shape)}")
         if mask is not None:
-            x = x * mask
+            x = x * check_mask(mask, x)
         elif self._function is not None and self.n_functions:
             return self._function_of_bank(x, self._function.sample)
         elif self._drops:
@@ -218,11 +243,18 @@ class ExactDropout(DropoutSite):
             return functional.linear(x, self.weight + self.bank[sample], self.bias)
         sample = sample.to(self.bank.device)
         if sample.dim() == 0:  # `vmap` may run over it, so its value is torch's to check
-            return functional.linear(x, self.weight + self.bank.index_select(0, sample.reshape(1))[0], self.bias)
+            return functional.linear(x, self.weight + self._chosen(sample.reshape(1))[0], self.bias)
         if x.dim() < 2 or len(x) != len(sample):
             raise ValueError(f"{len(sample)} functions, one a row, do not fit features of shape {tuple(x.shape)}")
-        y = torch.einsum("r...f,rof->r...o", x, self.weight + self.bank.index_select(0, sample))
+        y = torch.einsum("r...f,rof->r...o", x, self.weight + self._chosen(sample))
         return y if self.bias is None else y + self.bias
+
+    def _chosen(self, samples: Tensor) -> Tensor:
+        try:
+            return self.bank.index_select(0, samples)
+        except (IndexError, RuntimeError) as error:
+            message = f"functions lie in [0, {self.n_functions}), the size of the bank of ExactDropout: {error}"
+            raise ValueError(message) from error
 
     @torch.no_grad()
     def solve(
@@ -260,12 +292,12 @@ class ExactDropout(DropoutSite):
         x, y = _table(features, size, "features"), _table(targets, outputs, "targets")
         if len(x) != len(y) or not len(x):
             raise ValueError(f"`features` and `targets` need equally many rows, 1 or more, got {len(x)} and {len(y)}")
-        root = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
+        root = _numbers(sigma, "sigma", x.device).reshape(-1, 1)
         if len(root) not in (1, len(x)) or not bool((root.isfinite() & (root > 0)).all()):
             got = f"{len(root)}, the smallest {float(root.min())}" if len(root) else "none"
             raise ValueError(f"`sigma` must be positive and finite, one number or {len(x)}, got {got}")
         root = root.reciprocal().expand(len(x), 1)  # whitens the rows
-        _check_ratio(draw)
+        draw = _check_ratio(draw)
         bias = y.new_zeros(outputs) if self.bias is None else self.bias.to(y)
         if self.bias is not None and refit:
             centre_x, centre_y = ((root.square() * t).sum(0) / root.square().sum() for t in (x, y))
@@ -311,7 +343,7 @@ class ExactDropout(DropoutSite):
         """
         plain = self._plain(H, pull, prior) if refit else self.weight
         precision, pull = self._with_prior(H, pull, prior)
-        _check_ratio(draw)
+        draw, n = _check_ratio(draw), check_size(n, "n")
         noise = None
         if draw:
             noise = normal_noise(pull.numel(), seed=seed, samples=n, site=f"{SITE} draw", dtype=torch.float64)
@@ -342,6 +374,8 @@ class ExactDropout(DropoutSite):
     def _with_prior(self, H: Tensor, pull: Tensor, prior: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return A and r, float64, the latter of shape (F, O) or, of joint equations, (O·F,)."""
         (outputs, features), size = self.weight.shape, self.weight.numel()
+        check_real(H, "the `H` of ExactDropout.fill")
+        check_real(pull, "the `pull` of ExactDropout.fill")
         if outputs == 1 and tuple(pull.shape) == (features,):
             pull = pull[:, None]
         joint = tuple(pull.shape) == (size,)
@@ -351,7 +385,7 @@ class ExactDropout(DropoutSite):
                 f"`H` and `pull` must have shapes {(features, features)} and {(features, outputs)}, or {(size, size)} and"
                 f" {(size,)}, got {tuple(H.shape)} and {tuple(pull.shape)}"
             )
-        strength = torch.as_tensor(prior, dtype=torch.float64, device=H.device)
+        strength = _numbers(prior, "prior", H.device)
         if tuple(strength.shape) not in ((), (wanted,)) or not bool((strength.isfinite() & (strength >= 0)).all()):
             got = float(strength) if strength.dim() == 0 else f"shape {tuple(strength.shape)}"
             raise ValueError(f"`prior` must be finite and not negative, one number or {wanted}, got {got}")
@@ -374,6 +408,8 @@ class ExactDropout(DropoutSite):
 
 
 def _check_equations(precision: Tensor, pull: Tensor) -> None:
+    check_real(precision, "the precision of normal equations")
+    check_real(pull, "the pull of normal equations")
     if precision.dim() != 2 or precision.shape[0] != precision.shape[1] or not len(precision):
         raise ValueError(f"the precision must have shape (F, F), got {tuple(precision.shape)}")
     if pull.dim() not in (1, 2) or len(pull) != len(precision):
@@ -385,14 +421,25 @@ def _check_equations(precision: Tensor, pull: Tensor) -> None:
         raise ValueError("the precision must be symmetric")
 
 
-def _check_ratio(draw: float) -> None:
+def _check_ratio(draw: float) -> float:
+    draw = check_number(draw, "draw")
     if not 0 <= draw < math.inf:
         raise ValueError(f"`draw` must be finite and not negative, got {draw}")
+    return draw
+
+
+def _numbers(value: float | Tensor, name: str, device: torch.device) -> Tensor:
+    """Return one number, or a tensor of them, in float64."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(check_number(value, name))
+    elif value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+    return value.detach().to(device, torch.float64)
 
 
 def _table(values: Tensor, columns: int, what: str) -> Tensor:
     """Return ``values`` as float64 rows of ``columns`` numbers."""
-    check_floating(values, f"ExactDropout.solve (`{what}`)")
+    check_real(values, f"ExactDropout.solve (`{what}`)")
     if what == "targets" and columns == 1 and (values.dim() < 2 or values.shape[-1] != 1):
         values = values[..., None]
     if values.dim() < 2 or values.shape[-1] != columns:

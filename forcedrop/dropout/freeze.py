@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from forcedrop.dropout.checks import check_floating, check_rate, shown
 from forcedrop.dropout.function import FunctionSample
-from forcedrop.dropout.site import DropoutSite, check_floating, inverted
+from forcedrop.dropout.site import DropoutSite, inverted
 
 Forward = Callable[..., Any]
 
@@ -20,6 +24,8 @@ TORCH_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDr
 
 UNSEEN = "torch.nn.functional.dropout called inside a forward() cannot be seen, make it a layer"
 """A hint for errors."""
+
+_RNG = threading.RLock()
 
 _ALPHA = 1.7580993408473766  # −SELU(−∞) = scale · alpha of torch.nn.SELU
 
@@ -42,8 +48,20 @@ def frozen(model: nn.Module, seed: int = 0, sample: int | Tensor = 0) -> Iterato
     - ``torch.nn.functional.dropout`` called inside a ``forward``, and layers of other libraries, cannot be seen and are not
       frozen; put a layer of one of the first two kinds there.
 
-    A network compiled by ``torch.compile``, outside or inside of the context, is frozen too; a copy made inside of it stays
-    frozen. Not safe for threads that share ``model``.
+    A network compiled by ``torch.compile``, outside or inside of the context, is frozen too.
+
+    **Copies** made inside, by ``copy.deepcopy``, ``pickle`` or ``torch.save`` of the whole network, are networks with weights of
+    their own, and *stay this function* when the context has ended and the original has thawed::
+
+        with frozen(net, seed=0, sample=3):
+            third = copy.deepcopy(net)  # function 3, for good
+
+    ``frozen`` makes such a copy another function for as long as a context lasts; for a copy that is not frozen, copy outside. A
+    shallow copy (``copy.copy``) shares its layers with the original and thaws with it. ``state_dict`` holds weights alone and may
+    be taken from and loaded into a frozen network; parametrisations and ``torch.func.functional_call`` work inside as outside.
+
+    Threads may call a frozen network (in evaluation mode) together, and freeze networks of their own; freezing one that another
+    thread is using changes it under that thread's hands.
 
     Args:
         model: the network; changed for as long as the context lasts.
@@ -56,12 +74,14 @@ def frozen(model: nn.Module, seed: int = 0, sample: int | Tensor = 0) -> Iterato
         ``model`` itself.
 
     Raises:
+        TypeError: if ``model`` is no module, or ``seed`` or ``sample`` no integer.
         ValueError: if ``model`` has no dropout layer, or a layer of torch's whose rate is 1.
     """
+    function = FunctionSample(seed, sample)
     sites = dropout_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no dropout layer to freeze; {UNSEEN}")
-    with frozen_as(model, sites, FunctionSample(seed, sample)):
+    with frozen_as(model, sites, function):
         yield model
 
 
@@ -75,18 +95,30 @@ def frozen_as(model: nn.Module, sites: dict[str, nn.Module], function: FunctionS
                 stack.callback(_set_function, module, module._function, module._site)
                 _set_function(module, function, name)
             elif drops_inside(module):
-                _override(stack, module, _seeded(module, function, name, calls))
+                original = vars(module).get("forward")
+                if isinstance(original, _Seeded):
+                    original = original.original
+                _override(stack, module, _Seeded(module, function, name, calls, original))
+            elif torch_rate(module) == 1:  # which torch allows
+                raise ValueError(f"`p` of the dropout layer {name!r} must lie in [0, 1), got 1.0")
             else:
-                _override(stack, module, _frozen_torch(module, function, name, calls))
-        _override(stack, model, calls.counting(model.forward))
-        # the fused kernel of nn.TransformerEncoderLayer passes by the dropout layers in evaluation mode
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
+                _override(stack, module, _FrozenTorch(module, function, name, calls))
+        _hook(stack, model, calls.begin, calls.end)
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+                # its fused kernel passes by the dropout layers in evaluation mode
+                _hook(stack, module, _SlowPath.begin, _SlowPath.end)
         yield
 
 
 def dropout_sites(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` that drop something, by path: this library's, torch's, and those that drop inside."""
+    """Return the modules of ``model`` that drop something, by path: this library's, torch's, and those that drop inside.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     return {
         # torch.compile's wrapper is no part of the name, so that a compiled network is the same function
         ".".join(part for part in name.split(".") if part != "_orig_mod"): module
@@ -127,33 +159,76 @@ def seeded_rng(seed: int, *devices: torch.device) -> Iterator[None]:
 
 
 class _Calls:
-    """Which call of a layer this is within one forward pass of the network; 0 if called from outside of one."""
+    """Which call of a layer this is within one forward pass of the network; 0 if called from outside of one.
+
+    Each thread counts for itself. A copy of it, made with a copy of the network, starts anew.
+    """
 
     def __init__(self) -> None:
-        self._inside = False
-        self._counts: dict[str, int] = {}
+        self._passes: dict[int, tuple[int, dict[str, int]]] = {}
+
+    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
+        return _Calls, ()
 
     def name(self, site: str) -> str:
         """Return the site's name for its next call."""
-        if not self._inside:
+        _depth, counts = self._passes.get(_thread(), (0, None))
+        if counts is None:
             return site
-        count = self._counts.get(site, 0)
-        self._counts[site] = count + 1
+        count = counts.get(site, 0)
+        counts[site] = count + 1
         return f"{site}#{count}" if count else site
 
-    def counting(self, original: Forward) -> Forward:
-        """Return the network's ``forward`` with the counts starting from 0."""
+    def begin(self, network: nn.Module, args: Any) -> None:
+        """Let a pass begin, if it is not one of a network that calls itself."""
+        depth, counts = self._passes.get(_thread(), (0, {}))
+        self._passes[_thread()] = depth + 1, counts
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # a network that calls itself
-                return original(*args, **kwargs)
-            self._inside, self._counts = True, {}
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._inside = False
+    def end(self, network: nn.Module, args: Any, output: Any) -> None:
+        """Let the pass end."""
+        depth, counts = self._passes.pop(_thread(), (0, {}))
+        if depth > 1:
+            self._passes[_thread()] = depth - 1, counts
 
-        return forward
+
+def _thread() -> int:
+    # torch.compile traces one thread, whose number it cannot see
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class _SlowPath:
+    """How many transformers, of any thread, are within a pass for which torch's fused kernel is switched off."""
+
+    lock = threading.Lock()
+    depth = 0
+    before = True
+
+    @classmethod
+    def begin(cls, transformer: nn.Module, args: Any) -> None:
+        """Switch it off; compiled code does not take it where there are hooks, such as this one."""
+        if torch.compiler.is_compiling():
+            return
+        with cls.lock:
+            if not cls.depth:
+                cls.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            cls.depth += 1
+
+    @classmethod
+    def end(cls, transformer: nn.Module, args: Any, output: Any) -> None:
+        """Switch it on again, if this was the last."""
+        if torch.compiler.is_compiling():
+            return
+        with cls.lock:
+            cls.depth = max(cls.depth - 1, 0)
+            if not cls.depth:
+                torch.backends.mha.set_fastpath_enabled(cls.before)
+
+
+def _hook(stack: ExitStack, module: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> None:
+    """Call ``begin`` and ``end`` around each pass of ``module``, also one that fails, as long as the stack lasts."""
+    stack.callback(module.register_forward_pre_hook(begin).remove)
+    stack.callback(module.register_forward_hook(end, always_call=True).remove)
 
 
 def _set_function(site: DropoutSite, function: FunctionSample | None, name: str) -> None:
@@ -173,20 +248,25 @@ def _override(stack: ExitStack, module: nn.Module, forward: Forward) -> None:
     stack.callback(restore)
 
 
-def _frozen_torch(module: nn.Module, function: FunctionSample, site: str, calls: _Calls) -> Forward:
-    p = torch_rate(module)
-    if p == 1:  # which torch allows
-        raise ValueError(f"`p` of the dropout layer {site!r} must lie in [0, 1), got {p}")
-    alpha = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+@dataclass
+class _FrozenTorch:
+    """The ``forward`` of one of torch's dropout layers while it is frozen; copied or pickled with the layer, it is the copy's."""
 
-    def forward(input: Tensor) -> Tensor:
-        check_floating(input, type(module).__name__)
+    module: nn.Module
+    function: FunctionSample
+    site: str
+    calls: _Calls
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Return the input under the mask of this call."""
+        check_floating(input, type(self.module).__name__)
+        p = check_rate(torch_rate(self.module))
         if not p:
             return input
-        keep = function.keep(calls.name(site), p, _mask_shape(module, input), device=input.device)
-        return _alpha_drop(input, keep, p) if alpha else input * inverted(keep, p, input.dtype)
-
-    return forward
+        keep = self.function.keep(self.calls.name(self.site), p, _mask_shape(self.module, input), device=input.device)
+        if isinstance(self.module, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
+            return _alpha_drop(input, keep, p)
+        return input * inverted(keep, p, input.dtype)
 
 
 def _mask_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
@@ -208,24 +288,34 @@ def _alpha_drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
     return x * (kept * a) + ((kept - 1) * (_ALPHA * a) + _ALPHA * a * p)
 
 
-def _seeded(module: nn.Module, function: FunctionSample, site: str, calls: _Calls) -> Forward:
-    original = module.forward
+@dataclass
+class _Seeded:
+    """The ``forward`` of a module that drops inside while it is frozen; copied or pickled with the module, it is the copy's."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    module: nn.Module
+    function: FunctionSample
+    site: str
+    calls: _Calls
+    original: Forward | None
+    """What was set in place of the class's ``forward``, if anything was."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module in training mode under the random numbers of this call."""
+        module, function = self.module, self.function
         if function.by_row:
             raise ValueError(
-                f"{site or type(module).__name__} drops inside: it cannot be another function for every row"
+                f"{self.site or type(module).__name__} drops inside: it cannot be another function for every row"
             )
-        high, low = function.bits(calls.name(site), torch.arange(2)).tolist()
+        high, low = function.bits(self.calls.name(self.site), torch.arange(2)).tolist()
         tensors = [*module.parameters(), *(arg for arg in args if isinstance(arg, Tensor))]
         devices = {tensor.device for tensor in tensors}
-        training = module.training
-        module.training = True
-        try:
-            # cuDNN keeps a dropout state of its own, which no seed resets
-            with seeded_rng(high << 31 | low, *devices), torch.backends.cudnn.flags(enabled=False):
-                return original(*args, **kwargs)
-        finally:
-            module.training = training
-
-    return forward
+        forward = self.original or partial(type(module).forward, module)
+        with _RNG:  # the generators belong to all threads
+            training = module.training
+            module.training = True
+            try:
+                # cuDNN keeps a dropout state of its own, which no seed resets
+                with seeded_rng(high << 31 | low, *devices), torch.backends.cudnn.flags(enabled=False):
+                    return forward(*args, **kwargs)
+            finally:
+                module.training = training

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from forcedrop.dropout.checks import check_integer, shown
 from forcedrop.dropout.masks import UNIFORM_BITS, kept, random_bits, row_bits, site_key
 
 
@@ -20,10 +22,25 @@ class FunctionSample:
         seed: the user's seed.
         sample: the sample's index: an int, or an int64 tensor without axes (which ``torch.func.vmap`` may run over); or one of
             shape (n,), a function for each of the n rows of a batch.
+
+    Raises:
+        TypeError: if one of them is no integer, or the samples have more than one axis.
     """
 
     seed: int
     sample: int | Tensor
+
+    def __post_init__(self) -> None:
+        check_integer(self.seed, "seed")
+        sample = self.sample
+        if not isinstance(sample, Tensor):
+            check_integer(sample, "sample")
+        elif sample.dim() > 1 or sample.is_floating_point() or sample.is_complex() or sample.dtype == torch.bool:
+            raise TypeError(f"sample must be an integer, or integers of shape (n,), one a row, got {shown(sample)}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionSample:
+        """Return itself: it is a value, and the index that ``torch.func.vmap`` runs over cannot be copied."""
+        return self
 
     @property
     def by_row(self) -> bool:

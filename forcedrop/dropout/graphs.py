@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from forcedrop.dropout.checks import (
+    check_dtype,
+    check_flag,
+    check_floating,
+    check_generator,
+    check_integers,
+    check_mask,
+    check_rank,
+    check_tensor,
+)
 from forcedrop.dropout.masks import UNIFORM_BITS, edge_identity, mix, random_bits
-from forcedrop.dropout.site import DropoutSite, check_floating, check_rank, inverted
-
-
-def _check_integers(t: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(f"{what} must hold integers, got {t.dtype}")
-    if t.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, t.shape, strict=True)):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{what} must have shape ({wanted}), got {tuple(t.shape)}")
+from forcedrop.dropout.site import DropoutSite, inverted
 
 
 def _directed_identity(nodes: Tensor, edge_shift: Tensor | None) -> Tensor:
@@ -33,6 +35,13 @@ def _directed_identity(nodes: Tensor, edge_shift: Tensor | None) -> Tensor:
     return identity
 
 
+def _checked_mask(mask: Tensor, n_edges: int) -> Tensor:
+    check_tensor(mask, "mask")
+    if mask.shape != (n_edges,):
+        raise ValueError(f"`mask` must have shape ({n_edges},), one number an edge, got {tuple(mask.shape)}")
+    return mask
+
+
 class _IdentitySite(DropoutSite):
     """A site whose bits belong to identities of its units; units of equal identity share their fate in every draw."""
 
@@ -44,6 +53,7 @@ class _IdentitySite(DropoutSite):
         if self._function is not None:
             bits = self._function.bits(self._site, identity)
         else:
+            check_generator(generator)
             key = torch.randint(1 << 62, (1,), generator=generator, device=identity.device)
             bits = random_bits(0, key, identity.reshape(-1))[0].reshape(identity.shape)
         return bits >= round(self.p * (1 << UNIFORM_BITS))
@@ -52,7 +62,7 @@ class _IdentitySite(DropoutSite):
         """Return the identities of the rows of ``x``, shape (N,): ``ids`` if given, else the rows' numbers."""
         if ids is None:
             return torch.arange(x.shape[0], device=x.device)
-        _check_integers(ids, (x.shape[0],), "`ids`")
+        check_integers(ids, (x.shape[0],), "`ids`")
         return ids.to(torch.int64)
 
 
@@ -69,6 +79,8 @@ class NodeFeatureDropout(_IdentitySite):
         p: the rate, in [0, 1).
         shared: one bit per feature, the same for every node, instead of one per node and feature.
     """
+
+    settings = DropoutSite.settings | {"shared": check_flag}
 
     def __init__(self, p: float = 0.5, *, shared: bool = False) -> None:
         super().__init__(p)
@@ -87,6 +99,7 @@ class NodeFeatureDropout(_IdentitySite):
             ValueError: if ``x`` or ``ids`` have wrong shapes.
             TypeError: if ``ids`` are not integers.
         """
+        check_floating(x, "NodeFeatureDropout")
         check_rank(x, (2,), "NodeFeatureDropout")
         features = torch.arange(x.shape[1], device=x.device)
         identity = features[None] if self.shared else mix(self.node_ids(x, ids))[:, None] ^ features
@@ -104,7 +117,7 @@ class NodeFeatureDropout(_IdentitySite):
         check_floating(x, "NodeFeatureDropout")
         check_rank(x, (2,), "NodeFeatureDropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         if not self.active:
             return x
         if self._function is None and generator is None and ids is None and not self.shared:
@@ -114,6 +127,12 @@ class NodeFeatureDropout(_IdentitySite):
     def extra_repr(self) -> str:
         """Say the settings."""
         return f"p={self.p}, shared={self.shared}"
+
+
+def _check_nodes(x: Tensor) -> None:
+    check_floating(x, "NodeDropout")
+    if x.dim() == 0:
+        raise ValueError("NodeDropout needs an input with nodes on its first axis, got a scalar")
 
 
 class NodeDropout(_IdentitySite):
@@ -138,8 +157,7 @@ class NodeDropout(_IdentitySite):
             ValueError: if ``x`` has no axes, or ``ids`` has a wrong shape.
             TypeError: if ``ids`` are not integers.
         """
-        if x.dim() == 0:
-            raise ValueError("NodeDropout needs an input with nodes on its first axis, got a scalar")
+        _check_nodes(x)
         keep = self.keep_identities(self.node_ids(x, ids), generator)
         return inverted(keep, self.p, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
@@ -152,9 +170,9 @@ class NodeDropout(_IdentitySite):
             TypeError: if ``x`` is not floating point, or ``ids`` are not integers.
             ValueError: if ``x`` has no axes, or ``ids`` has a wrong shape.
         """
-        check_floating(x, "NodeDropout")
+        _check_nodes(x)
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator, ids) if self.active else x
 
 
@@ -177,17 +195,22 @@ class EdgeDropout(_IdentitySite):
         undirected: whether both directions of an edge share their bit; if not, (i, j, S) and (j, i, −S) are independent.
     """
 
+    settings = DropoutSite.settings | {"undirected": check_flag}
+
     def __init__(self, p: float = 0.5, *, undirected: bool = True) -> None:
         super().__init__(p)
         self.undirected = undirected
 
     def _identity(self, edge_index: Tensor, edge_shift: Tensor | None, ids: Tensor | None) -> Tensor:
-        _check_integers(edge_index, (2, None), "`edge_index`")
+        check_integers(edge_index, (2, None), "`edge_index`")
         if edge_shift is not None:
-            _check_integers(edge_shift, (edge_index.shape[1], 3), "`edge_shift`")
+            check_integers(edge_shift, (edge_index.shape[1], 3), "`edge_shift`")
         if ids is not None:
-            _check_integers(ids, (None,), "`ids`")
-            edge_index = ids[edge_index]
+            check_integers(ids, (None,), "`ids`")
+            try:  # not `ids[edge_index]`, where −1 is the last node
+                edge_index = ids.index_select(0, edge_index.reshape(-1).to(torch.int64)).reshape(edge_index.shape)
+            except (IndexError, RuntimeError) as error:
+                raise ValueError(f"`edge_index` must lie in [0, {len(ids)}), the number of `ids`: {error}") from error
         nodes = edge_index.to(torch.int64)
         return edge_identity(nodes, edge_shift) if self.undirected else _directed_identity(nodes, edge_shift)
 
@@ -215,6 +238,7 @@ class EdgeDropout(_IdentitySite):
             ValueError: if one of the index tensors has a wrong shape.
             TypeError: if one of them does not hold integers.
         """
+        check_dtype(dtype)
         keep = self.keep_identities(self._identity(edge_index, edge_shift, ids), generator)
         return inverted(keep, self.p, dtype or torch.get_default_dtype())
 
@@ -237,17 +261,19 @@ class EdgeDropout(_IdentitySite):
             ValueError: if a tensor has a wrong shape.
             TypeError: if an index tensor does not hold integers, or ``edge_weight`` is not floating point.
         """
-        _check_integers(edge_index, (2, None), "`edge_index`")
+        check_integers(edge_index, (2, None), "`edge_index`")
         n_edges = edge_index.shape[1]
         if edge_weight is None:
             edge_weight = torch.ones(n_edges, device=edge_index.device)
         check_floating(edge_weight, "EdgeDropout")
         if edge_weight.dim() == 0 or edge_weight.shape[0] != n_edges:
             raise ValueError(f"`edge_weight` needs {n_edges} edges on its first axis, got {tuple(edge_weight.shape)}")
-        if mask is None:
-            if not self.active:
-                return edge_weight
+        if mask is not None:
+            mask = _checked_mask(mask, n_edges).to(edge_weight.dtype)
+        elif self.active:
             mask = self.mask(edge_index, generator, edge_shift=edge_shift, ids=ids, dtype=edge_weight.dtype)
+        else:
+            return edge_weight
         return edge_weight * mask.reshape(-1, *[1] * (edge_weight.dim() - 1))
 
     def filter(
@@ -269,9 +295,9 @@ class EdgeDropout(_IdentitySite):
             ValueError: if a tensor has a wrong shape.
             TypeError: if an index tensor does not hold integers.
         """
-        _check_integers(edge_index, (2, None), "`edge_index`")
+        check_integers(edge_index, (2, None), "`edge_index`")
         if mask is not None:
-            kept = mask != 0
+            kept = _checked_mask(mask, edge_index.shape[1]) != 0
         elif self.active:
             kept = self.keep_identities(self._identity(edge_index, edge_shift, ids), generator)
         else:

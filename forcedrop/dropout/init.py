@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from forcedrop.dropout.masks import check_rate
+from forcedrop.dropout.checks import check_floating, check_generator, check_integer, check_number, check_rate, shown
 
 Scheme = Literal["inverted", "classic"]
 Mode = Literal["fan_in", "fan_out"]
@@ -71,6 +71,7 @@ def dropout_kaiming_normal_(
     Raises:
         ValueError: if ``p`` is not in [0, 1), if the weight has fewer than two axes, or if an option is none of the above.
     """
+    check_generator(generator)
     std = _std(tensor, p, scheme, branches, a, mode, nonlinearity)
     with torch.no_grad():
         return tensor.normal_(0, std, generator=generator)
@@ -92,6 +93,7 @@ def dropout_kaiming_uniform_(
     Raises:
         ValueError: as there.
     """
+    check_generator(generator)
     bound = math.sqrt(3) * _std(tensor, p, scheme, branches, a, mode, nonlinearity)
     with torch.no_grad():
         return tensor.uniform_(-bound, bound, generator=generator)
@@ -101,14 +103,20 @@ def _std(
     tensor: Tensor, p: float, scheme: Scheme, branches: int | None, a: float, mode: Mode, nonlinearity: str
 ) -> float:
     keep = 1 - check_rate(p)
+    check_floating(tensor, "dropout's Kaiming initialisation")
     if tensor.dim() < 2:
         raise ValueError(f"the weight needs 2 axes or more to have a fan, got shape {tuple(tensor.shape)}")
     if scheme not in ("inverted", "classic"):
         raise ValueError(f"`scheme` must be 'inverted' or 'classic', got {scheme!r}")
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"`mode` must be 'fan_in' or 'fan_out', got {mode!r}")
-    if branches is not None and branches < 1:
+    if branches is not None and check_integer(branches, "branches") < 1:
         raise ValueError(f"`branches` must be at least 1, got {branches}")
     fan = tensor.shape[1 if mode == "fan_in" else 0] * tensor.shape[2:].numel()
+    if not isinstance(nonlinearity, str):
+        raise TypeError(f"nonlinearity must be a string, got {shown(nonlinearity)}")
+    a = check_number(a, "a")
+    if not math.isfinite(a):
+        raise ValueError(f"`a` must be finite, got {a}")
     gain = nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
-    return gain * math.sqrt((keep if scheme == "inverted" else 1 / keep) / (fan * (branches or 1)))
+    return gain * math.sqrt((keep if scheme == "inverted" else 1 / keep) / (max(fan, 1) * (branches or 1)))

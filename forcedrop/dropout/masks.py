@@ -14,6 +14,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from forcedrop.dropout.checks import LARGEST, check_dtype, check_integer, check_integers, check_rate, shown
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -21,17 +23,6 @@ _MIX1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 UNIFORM_BITS = 31
 """How many random bits decide over a unit."""
-
-
-def check_rate(p: float) -> float:
-    """Return ``p`` if it is a dropout rate.
-
-    Raises:
-        ValueError: if ``p`` is not in [0, 1).
-    """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"`p` must lie in [0, 1), got {p}")
-    return float(p)
 
 
 def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
@@ -45,8 +36,16 @@ def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
 @constant_in_graphs
 def site_key(seed: int, site: str) -> int:
-    """Return the signed 64-bit key of a dropout site, from the user's seed and the site's name."""
-    digest = hashlib.sha256(f"{int(seed)}/{site}".encode()).digest()
+    """Return the signed 64-bit key of a dropout site, from the user's seed, any integer, and the site's name.
+
+    Raises:
+        TypeError: if ``seed`` is no integer, or ``site`` no string.
+    """
+    if type(seed) is not int:
+        seed = check_integer(seed, "seed")
+    if not isinstance(site, str):
+        raise TypeError(f"site must be a string, got {shown(site)}")
+    digest = hashlib.sha256(f"{seed}/{site}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
@@ -96,10 +95,28 @@ def keep_mask(bits: Tensor, p: float, dtype: torch.dtype | None = None) -> Tenso
 
 
 def _sample_tensor(samples: int | Sequence[int] | Tensor, device: torch.device | str | None) -> Tensor:
-    if isinstance(samples, int):
-        return torch.arange(samples, device=device)
-    values = samples if isinstance(samples, Tensor) else list(samples)
-    return torch.as_tensor(values, dtype=torch.int64, device=device)
+    """Return sample indices, shape (K,).
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if their number is negative.
+    """
+    if isinstance(samples, Tensor) and samples.dim():
+        check_integers(samples, (None,), "samples")
+        return samples.to(device, torch.int64)
+    if isinstance(samples, Sequence) and not isinstance(samples, str | bytes):
+        return torch.tensor([check_integer(k, "samples") for k in samples], dtype=torch.int64, device=device)
+    return torch.arange(check_integer(samples, "samples", 0, LARGEST), device=device)
+
+
+def check_table(n: int, units: int, what: str) -> None:
+    """Refuse masks of more entries than a machine could want.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if n * units > LARGEST:
+        raise ValueError(f"{what} of {n} times {units} entries are too large: at most {LARGEST} in all")
 
 
 def feature_mask(
@@ -124,9 +141,13 @@ def feature_mask(
         device: of the result.
 
     Raises:
-        ValueError: if ``p`` is not in [0, 1).
+        TypeError: if ``p`` is no number, or an index is no integer.
+        ValueError: if ``p`` is not in [0, 1), or ``n`` or K is negative.
     """
-    k = _sample_tensor(samples, device)
+    check_rate(p)
+    check_dtype(dtype)
+    n, k = check_integer(n, "n", 0, LARGEST), _sample_tensor(samples, device)
+    check_table(len(k), n, "masks")
     units = torch.arange(n, device=k.device)
     return keep_mask(random_bits(site_key(seed, site), k, units), p, dtype)
 
@@ -144,8 +165,14 @@ def normal_noise(
 
     By inversion of the normal distribution in float64 on the CPU, so that every device gets the same bits; arguments as in
     :func:`feature_mask`.
+
+    Raises:
+        TypeError: if an index is no integer.
+        ValueError: if ``n`` or K is negative.
     """
-    k = _sample_tensor(samples, "cpu")
+    check_dtype(dtype)
+    n, k = check_integer(n, "n", 0, LARGEST), _sample_tensor(samples, "cpu")
+    check_table(len(k), n, "numbers")
     bits = random_bits(site_key(seed, site), k, torch.arange(n))
     uniform = (bits.double() + 0.5) / (1 << UNIFORM_BITS)
     return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).to(device, dtype or torch.get_default_dtype())
@@ -160,7 +187,15 @@ def edge_identity(edge_index: Tensor, edge_shift: Tensor | None = None) -> Tenso
     Args:
         edge_index: shape (2, E), int64.
         edge_shift: the integer cell shift S of the second atom relative to the first, shape (E, 3); zero if not given.
+
+    Raises:
+        TypeError: if a tensor does not hold integers.
+        ValueError: if one has a wrong shape.
     """
+    check_integers(edge_index, (2, None), "`edge_index`")
+    if edge_shift is not None:
+        check_integers(edge_shift, (edge_index.shape[1], 3), "`edge_shift`")
+    edge_index = edge_index.to(torch.int64)
     i, j = edge_index[0], edge_index[1]
     if edge_shift is None:
         edge_shift = torch.zeros(i.shape[0], 3, dtype=torch.int64, device=i.device)
@@ -191,8 +226,13 @@ def edge_mask(
     Both directions of a pair share their bit, a self-image pair counts once, and the bit survives a rebuilt list.
 
     Raises:
-        ValueError: if ``p`` is not in [0, 1).
+        TypeError: if ``p`` is no number, or an index or a tensor does not hold integers.
+        ValueError: if ``p`` is not in [0, 1), K is negative, or a tensor has a wrong shape.
     """
-    k = _sample_tensor(samples, edge_index.device)
-    bits = random_bits(site_key(seed, site), k, edge_identity(edge_index, edge_shift))
+    check_rate(p)
+    check_dtype(dtype)
+    identity = edge_identity(edge_index, edge_shift)
+    k = _sample_tensor(samples, identity.device)
+    check_table(len(k), len(identity), "masks")
+    bits = random_bits(site_key(seed, site), k, identity)
     return keep_mask(bits, p, dtype)

@@ -9,13 +9,14 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from forcedrop.dropout.checks import check_flag, check_integer, check_size
 from forcedrop.dropout.freeze import UNSEEN, dropout_sites, drops_inside, frozen_as, seeded_rng, torch_rate
 from forcedrop.dropout.function import FunctionSample
 from forcedrop.dropout.masks import kept, random_bits, site_key
@@ -68,12 +69,12 @@ def mc_samples(
         ValueError: if there is no dropout layer, if all rates are 0, if no dropout layer is reached by the forward pass (all
             samples would be equal: that is no error bar), if a layer has fewer than ``n`` functions (``ExactDropout``), if ``n``
             or ``chunk`` is not positive, or if ``vectorised=True`` and a module drops inside.
-        TypeError: if the output contains anything else than tensors.
+        TypeError: if the output contains anything else than tensors, or an argument is of the wrong kind.
     """
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1, got {n}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {chunk}")
+    n, seed = check_size(n, "n"), check_integer(seed, "seed")
+    chunk = None if chunk is None else check_size(chunk, "chunk")
+    if vectorised is not None:
+        check_flag(vectorised, "vectorised")
     sites = _active_sites(model)
     for site in sites.values():
         if isinstance(site, DropoutSite):
@@ -129,6 +130,13 @@ class _Sample(FunctionSample):
 
     run: _Run
 
+    def __post_init__(self) -> None:
+        """Check nothing: the run has, and nobody has asked for the sample yet."""
+
+    def __reduce__(self) -> tuple[type[FunctionSample], tuple[int, int | Tensor]]:
+        """Pickle as the function sample that it is, without the run."""
+        return FunctionSample, (self.seed, self.sample)
+
     def __getattribute__(self, name: str) -> Any:
         if name == "sample":
             object.__getattribute__(self, "run").reached = True
@@ -148,16 +156,18 @@ def _table(seed: int, site: str, p: float, units: int, n: int, device: torch.dev
     It is a pure function, and a network is mostly asked for the same samples again, of another batch.
     """
     key = (seed, site, p, units, n, device)
-    if key in _TABLES:
-        _TABLES.move_to_end(key)
-        return _TABLES[key]
+    remembered = _TABLES.pop(key, None)  # and put back at the end: one step each, so that threads may share them
+    if remembered is not None:
+        _TABLES[key] = remembered
+        return remembered
     with torch.inference_mode(False):  # so that it may be used under autograd later
         samples, identities = torch.arange(n, device=device), torch.arange(units, device=device)
         table = kept(random_bits(site_key(seed, site), samples, identities), p)
     if type(table) is Tensor:  # not while a tracer looks on
         _TABLES[key] = table
-        if len(_TABLES) > _MOST_TABLES:
-            _TABLES.popitem(last=False)
+        with suppress(KeyError):  # another thread was faster
+            if len(_TABLES) > _MOST_TABLES:
+                _TABLES.popitem(last=False)
     return table
 
 

@@ -20,9 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from forcedrop.dropout.cells import RecurrentMasks, State, Step, Weights, gru_step, lstm_step, run
+from forcedrop.dropout.cells import RecurrentMasks, State, Step, Weights, check_masks, gru_step, lstm_step, run
+from forcedrop.dropout.checks import (
+    LARGEST,
+    check_flag,
+    check_integer,
+    check_rank,
+    check_rate,
+    check_real,
+    check_same_dtype,
+    shown,
+)
 from forcedrop.dropout.elementwise import Dropout
-from forcedrop.dropout.site import check_floating, check_rank
+from forcedrop.dropout.masks import check_table
 
 
 class Rates(TypedDict, total=False):
@@ -82,17 +92,24 @@ class _DropoutRNN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers))
+        input_size, hidden_size, num_layers = (check_integer(value, name, high=LARGEST) for name, value in sizes)
+        for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            check_flag(flag, name)
+        rates = {"p_input": p_input, "p_state": p_state, "p_update": p_update, "p_weight": p_weight}
+        rates = {name: check_rate(rate, name) for name, rate in rates.items()}
         if min(input_size, hidden_size, num_layers) < 1:
             raise ValueError(f"sizes and layers must be at least 1, got {input_size}, {hidden_size} and {num_layers}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
         rows = self._n_gates * hidden_size
+        check_table(rows * num_layers, max(self._input_sizes()) + hidden_size, "weights")
         for name, size in zip(self._suffixes(), self._input_sizes(), strict=True):
             for kind, shape in (("weight_ih", (rows, size)), ("weight_hh", (rows, hidden_size))):
                 self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
             for kind in ("bias_ih", "bias_hh") if bias else ():
                 self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(rows, device=device, dtype=dtype)))
-        self.sites = nn.ModuleList(_Sites(p_input, p_state, p_update, p_weight) for _ in self._suffixes())
+        self.sites = nn.ModuleList(_Sites(**rates) for _ in self._suffixes())
         self.reset_parameters()
 
     def _suffixes(self) -> list[str]:
@@ -165,7 +182,8 @@ class _DropoutRNN(nn.Module):
         name = type(self).__name__
         if isinstance(x, PackedSequence):
             raise TypeError(f"{name} needs a padded tensor, got a PackedSequence")
-        check_floating(x, name)
+        check_real(x, name)
+        check_same_dtype(x, self._weights("l0").ih, name)
         check_rank(x, (2, 3), name)
         if x.shape[-1] != self.input_size:
             raise ValueError(f"{name} needs inputs of {self.input_size} features, got shape {tuple(x.shape)}")
@@ -186,7 +204,13 @@ class _DropoutRNN(nn.Module):
         shape = (len(self.sites), x.shape[1], self.hidden_size)
         if hx is None:
             return tuple(x.new_zeros(shape) for _ in range(self._n_states))
-        hx = hx if batched else tuple(h[:, None] for h in hx)
+        if not isinstance(hx, tuple) or not all(isinstance(h, Tensor) for h in hx):
+            wanted = "(h, c), two tensors" if self._n_states == 2 else "a tensor"
+            raise TypeError(f"hx must be {wanted}, got {shown(hx)}")
+        for h in hx:
+            check_same_dtype(h, x, f"{type(self).__name__} (`hx`)")
+        if not batched and all(h.dim() == 2 for h in hx):
+            hx = tuple(h[:, None] for h in hx)
         if len(hx) != self._n_states or any(h.shape != shape for h in hx):
             shapes = [tuple(h.shape) for h in hx]
             raise ValueError(
@@ -200,9 +224,16 @@ class _DropoutRNN(nn.Module):
         out = self._time_first(x)
         batched = x.dim() == 3
         hx = self._initial(out, hx, batched)
+        if mask is not None and not isinstance(mask, Sequence):
+            raise TypeError(f"mask must be a list of RecurrentMasks, got {shown(mask)}")
         masks = self._masks(out, generator, always=False) if mask is None else mask
         if len(masks) != len(self.sites):
             raise ValueError(f"`mask` needs one entry per layer and direction, {len(self.sites)}, got {len(masks)}")
+        if mask is not None:
+            for at, size in enumerate(self._input_sizes()):
+                check_masks(
+                    masks[at], out.new_empty(out.shape[1], size), hx[0][at], self._weights(self._suffixes()[at]).hh
+                )
         directions = 1 + self.bidirectional
         last: list[State] = []
         for layer in range(self.num_layers):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from forcedrop.dropout.masks import check_rate
+from torch import nn
+
+from forcedrop.dropout.checks import check_integer, check_rate, shown
 from forcedrop.dropout.site import DropoutSite
 
 
@@ -17,8 +19,8 @@ def linear_rate(step: int, n_steps: int, p: float, start: float = 0.0) -> float:
     Raises:
         ValueError: if a rate is not in [0, 1), ``n_steps`` is below 1, or ``step`` is negative.
     """
-    check_rate(p)
-    check_rate(start)
+    p, start = check_rate(p), check_rate(start, "start")
+    step, n_steps = check_integer(step, "step"), check_integer(n_steps, "n_steps")
     if n_steps < 1 or step < 0:
         raise ValueError(f"`n_steps` must be at least 1 and `step` at least 0, got {n_steps} and {step}")
     fraction = min(step / n_steps, 1.0)
@@ -41,7 +43,14 @@ class LinearSchedule:
     """
 
     def __init__(self, layers: Iterable[DropoutSite], p: float, n_steps: int, start: float = 0.0) -> None:
+        if isinstance(layers, DropoutSite):
+            raise TypeError(f"layers must be several, such as [layer], got {type(layers).__name__}")
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers must be several dropout layers, got {shown(layers)}")
         self.layers = list(layers)
+        for layer in self.layers:
+            if not isinstance(layer, DropoutSite | nn.modules.dropout._DropoutNd):
+                raise TypeError(f"layers must be dropout layers, got {shown(layer)}")
         if not self.layers:
             raise ValueError("LinearSchedule needs at least one layer, got none")
         self.p, self.n_steps, self.start = p, n_steps, start
@@ -56,7 +65,13 @@ class LinearSchedule:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> float:
-        """Go to where :meth:`state_dict` was and return the rate there."""
+        """Go to where :meth:`state_dict` was and return the rate there.
+
+        Raises:
+            ValueError: if ``state`` is no such state.
+        """
+        if not isinstance(state, dict) or "steps" not in state:
+            raise ValueError(f"the state of a LinearSchedule is {{'steps': a number}}, got {shown(state)}")
         rate = linear_rate(state["steps"], self.n_steps, self.p, self.start)
         self.steps = state["steps"]
         for layer in self.layers:

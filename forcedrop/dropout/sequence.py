@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.site import DropoutSite, check_floating, check_rank, inverted
+from forcedrop.dropout.checks import check_flag, check_floating, check_integer, check_mask, check_rank
+from forcedrop.dropout.site import DropoutSite, inverted
 
 
 class LockedDropout(DropoutSite):
@@ -20,12 +21,15 @@ class LockedDropout(DropoutSite):
         batch_first: inputs are (B, T, F), else (T, B, F), as in ``torch.nn.LSTM``; without a batch always (T, F).
     """
 
+    settings = DropoutSite.settings | {"batch_first": check_flag}
+
     def __init__(self, p: float = 0.5, batch_first: bool = False) -> None:
         super().__init__(p)
         self.batch_first = batch_first
 
     def mask(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a mask for ``x``, with 1 for the time axis (and 1 for the batch if frozen)."""
+        check_rank(x, (2, 3), "LockedDropout")
         if x.dim() == 2:
             keep = self.keep(x, (1, x.shape[1]), generator)
         else:
@@ -43,7 +47,7 @@ class LockedDropout(DropoutSite):
         check_floating(x, "LockedDropout")
         check_rank(x, (2, 3), "LockedDropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
     def extra_repr(self) -> str:
@@ -68,6 +72,7 @@ class Zoneout(DropoutSite):
 
     def mask(self, new: Tensor, generator: torch.Generator | None = None, *, step: int = 0) -> Tensor:
         """Return a mask for ``new``, of values 0 and 1; of its shape, or with 1 for the batch if frozen."""
+        step = check_integer(step, "step")
         return self.keep(new, new.shape, generator, part=f"@{step}").to(new.dtype)
 
     def forward(
@@ -96,7 +101,9 @@ class Zoneout(DropoutSite):
         check_floating(old, "Zoneout")
         if new.shape != old.shape:
             raise ValueError(f"Zoneout needs two states of one shape, got {tuple(new.shape)} and {tuple(old.shape)}")
-        if mask is None and self.active:
+        if mask is not None:
+            mask = check_mask(mask, new)
+        elif self.active:
             mask = self.mask(new, generator, step=step)
         if mask is not None:
             return mask * new + (1 - mask) * old

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from forcedrop.dropout.checks import check_generator, check_rate
 from forcedrop.dropout.function import FunctionSample
-from forcedrop.dropout.masks import check_rate
 
-
-def check_floating(x: Tensor, what: str) -> None:
-    """Refuse integers and booleans, which cannot be rescaled.
-
-    Raises:
-        TypeError: if ``x`` is neither real nor complex floating point.
-    """
-    if not (x.is_floating_point() or x.is_complex()):
-        raise TypeError(f"{what} needs a floating-point input, got {x.dtype}")
-
-
-def check_rank(x: Tensor, ranks: Sequence[int], what: str) -> None:
-    """Refuse inputs with a wrong number of axes.
-
-    Raises:
-        ValueError: naming the ranks that would do.
-    """
-    if x.dim() not in ranks:
-        wanted = " or ".join(map(str, ranks))
-        raise ValueError(f"{what} needs an input of {wanted} axes, got shape {tuple(x.shape)}")
+Check = Callable[[Any, str], Any]
+"""(value, name) → the value as the layer keeps it, or an error that names it."""
 
 
 class DropoutSite(nn.Module):
@@ -37,25 +20,49 @@ class DropoutSite(nn.Module):
 
     Where the mask comes from, in this order:
 
-    1. the call's ``mask`` argument, if given: used as it is, in training and in evaluation alike;
+    1. the call's ``mask`` argument, if given: used as it is (in the input's type), in training and in evaluation alike; it has
+       the input's shape or broadcasts to it;
     2. a frozen function sample, set by ``forcedrop.dropout.frozen`` or ``mc_samples``: a pure function of (seed, sample, site
        name), the same for every entry of a batch, in training and in evaluation alike;
     3. in training, a fresh draw, from the call's ``generator`` if given, else from torch's global one, as ``torch.nn.Dropout``.
 
-    In evaluation without 1 and 2 the input is returned as it is.
+    In evaluation without 1 and 2 the input is returned as it is. Nothing works in place.
+
+    Settings, the rate first of all, may be set later (``layer.p = 0.2``) and are checked then as at the start; what a layer's
+    buffers are made of, such as irreps, is fixed. Layers go through ``torch.compile``, ``torch.export``, ``torch.jit.trace``,
+    ``torch.func.vmap``, ``copy`` and ``pickle``; ``torch.jit.script`` cannot compile them and says so.
 
     Args:
         p: the rate, probability of a unit to be dropped, in [0, 1).
 
     Raises:
+        TypeError: if ``p`` is no number.
         ValueError: if ``p`` is not in [0, 1).
     """
 
+    settings: ClassVar[dict[str, Check]] = {"p": check_rate}
+    """How attributes are checked whenever they are set, at the start or later."""
+
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """Attributes that cannot be set again, because buffers depend on them."""
+
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = check_rate(p)
+        self.p = p
         self._function: FunctionSample | None = None
         self._site = ""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.fixed and name in vars(self):
+            raise ValueError(f"`{name}` of {type(self).__name__} is fixed when the layer is made: make another one")
+        check = self.settings.get(name)
+        super().__setattr__(name, value if check is None else check(value, name))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose masks and functions are Python objects: use"
+            " torch.compile, torch.export or torch.jit.trace, or torch.nn.Dropout in a network that is to be scripted"
+        )
 
     @property
     def active(self) -> bool:
@@ -82,18 +89,33 @@ class DropoutSite(nn.Module):
             generator: for a fresh draw.
             part: distinguishes several draws of one layer.
             p: another rate than the layer's.
+
+        Raises:
+            TypeError: if ``generator`` is no ``torch.Generator``.
         """
         p = self.p if p is None else p
         if self._function is not None:
             frozen = (1, *shape[1:]) if len(shape) > 1 else tuple(shape)
             return self._function.keep(self._site + part, p, frozen, device=x.device)
-        if generator is None:  # torch.compile cannot trace `generator=None` with a batch of changing size
-            return torch.rand(tuple(shape), device=x.device) >= p
-        return torch.rand(tuple(shape), generator=generator, device=x.device) >= p
+        return fresh_uniform(shape, x.device, generator) >= p
 
     def extra_repr(self) -> str:
         """Say the rate."""
         return f"p={self.p}"
+
+
+def fresh_uniform(
+    shape: Sequence[int], device: torch.device, generator: torch.Generator | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return fresh uniform numbers in [0, 1).
+
+    Raises:
+        TypeError: if ``generator`` is no ``torch.Generator``.
+    """
+    if generator is None:  # torch.compile cannot trace `generator=None` with a batch of changing size
+        return torch.rand(tuple(shape), device=device, dtype=dtype)
+    check_generator(generator)
+    return torch.rand(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
 def inverted(keep: Tensor, p: float, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from forcedrop.dropout.masks import check_rate, constant_in_graphs
-from forcedrop.dropout.site import DropoutSite, check_floating, check_rank, inverted
+from forcedrop.dropout.checks import (
+    check_flag,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_rank,
+    check_rate,
+    check_size,
+)
+from forcedrop.dropout.masks import constant_in_graphs
+from forcedrop.dropout.site import DropoutSite, inverted
 
 
 class ChannelDropout(DropoutSite):
@@ -30,6 +39,7 @@ class ChannelDropout(DropoutSite):
 
     def mask(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a mask for ``x``, shape (N, C, 1, …), or (1, C, 1, …) of a frozen function; it fits any image size."""
+        check_rank(x, (3, 4, 5), "ChannelDropout")
         keep = self.keep(x, (*x.shape[:2], *[1] * (x.dim() - 2)), generator)
         return inverted(keep, self.p, x.dtype)
 
@@ -43,7 +53,7 @@ class ChannelDropout(DropoutSite):
         check_floating(x, "ChannelDropout")
         check_rank(x, (3, 4, 5), "ChannelDropout")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
 
@@ -65,6 +75,7 @@ def seed_rate(p: float, block_size: int, sizes: tuple[int, ...], exact: bool = T
         ValueError: if ``p`` is not in [0, 1), ``block_size`` is below 1, or a block does not fit into the image.
     """
     check_rate(p)
+    block_size = check_integer(block_size, "block_size")
     if block_size < 1 or block_size > min(sizes):
         raise ValueError(f"`block_size` must lie between 1 and the image's smallest edge, got {block_size} for {sizes}")
     return _exact_seed_rate(p, block_size, sizes) if exact else _first_order_seed_rate(p, block_size, sizes)
@@ -127,11 +138,10 @@ class DropBlock(DropoutSite):
     """
 
     spatial_axes: ClassVar[int]
+    settings = DropoutSite.settings | {"block_size": check_size, "per_channel": check_flag, "exact": check_flag}
 
     def __init__(self, p: float = 0.1, block_size: int = 7, *, per_channel: bool = True, exact: bool = True) -> None:
         super().__init__(p)
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}")
         self.block_size = block_size
         self.per_channel = per_channel
         self.exact = exact
@@ -156,6 +166,7 @@ class DropBlock(DropoutSite):
         Raises:
             ValueError: if a block does not fit into the image.
         """
+        check_rank(x, (2 + self.spatial_axes,), type(self).__name__)
         dropped = self._seeds(x, generator)
         reach = self.block_size - 1
         dropped = functional.pad(dropped, [reach, reach] * self.spatial_axes)
@@ -179,7 +190,7 @@ class DropBlock(DropoutSite):
         check_floating(x, name)
         check_rank(x, (2 + self.spatial_axes,), name)
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         if self.active:
             return x * self.mask(x, generator)
         if self.training:  # p = 0 is where a schedule starts: an impossible block shall not wait for the second step
@@ -238,7 +249,7 @@ class DropPath(DropoutSite):
         if x.dim() == 0:
             raise ValueError("DropPath needs an input with a batch axis, got a scalar")
         if mask is not None:
-            return x * mask
+            return x * check_mask(mask, x)
         return x * self.mask(x, generator) if self.active else x
 
 
@@ -266,6 +277,7 @@ def drop_block(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Functional :class:`DropBlock`, 1-, 2- or 3-d as the input, which has 3, 4 or 5 axes."""
+    check_floating(x, "drop_block")
     check_rank(x, (3, 4, 5), "drop_block")
     layer = (DropBlock1d, DropBlock2d, DropBlock3d)[x.dim() - 3]
     return layer(p, block_size, per_channel=per_channel, exact=exact).train(training)(x, mask, generator)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.site import check_floating
+from forcedrop.dropout.checks import check_real
 
 
 class RegressionSummary(NamedTuple):
@@ -90,7 +90,7 @@ def classification_summary(samples: Tensor, *, logits: bool = True) -> Classific
 
 
 def _checked(samples: Tensor) -> Tensor:
-    check_floating(samples, "a summary")
+    check_real(samples, "a summary")
     if samples.dim() < 2:
         raise ValueError(f"`samples` must have the shape (K, …, F), 2 axes or more, got shape {tuple(samples.shape)}")
     if samples.shape[0] < 2:

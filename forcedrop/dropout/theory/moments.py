@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from forcedrop.dropout.masks import check_rate
+from forcedrop.dropout.checks import check_rate
 from forcedrop.dropout.montecarlo import call_with, evaluation_mode, mc_samples
 
 Number = TypeVar("Number", float, Tensor)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forcedrop.dropout.masks import check_rate
-from forcedrop.dropout.site import check_floating
+from forcedrop.dropout.checks import check_floating, check_rate
 
 
 def ridge_penalty(weight: Tensor, second_moment: Tensor, p: float) -> Tensor:
