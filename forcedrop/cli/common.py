@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
+
+if TYPE_CHECKING:
+    from forcedrop.structures.predictions import Use
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -28,6 +31,10 @@ EnergyKey = Annotated[str | None, typer.Option(help="name of the energy in the f
 ForcesKey = Annotated[str | None, typer.Option(help="name of the forces in the files")]
 StressKey = Annotated[str | None, typer.Option(help="name of the stress in the files")]
 EnergyUnit = Annotated[str, typer.Option(help="of the files: eV, meV, kcal/mol, kJ/mol, Hartree")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace output that exists")]
+PredictionsAsLabels = Annotated[
+    bool, typer.Option("--predictions-as-labels", help="take a model's own predictions, as in md.xyz, for labels")
+]
 LengthUnit = Annotated[str, typer.Option(help="of the files: Angstrom, Bohr, nm")]
 
 
@@ -80,13 +87,14 @@ def read(
     energy_unit: str,
     length_unit: str,
     skip_bad: bool,
+    predictions: Use = "refuse",
 ) -> Any:
-    """Read frames that the model can compute, and list what was dropped."""
+    """Read frames that the model can compute, and list what was dropped; ``predictions`` says what labels may be."""
     from forcedrop.structures import LabelKeys, read_checked
 
     frames, problems = read_checked(
         files, keys=LabelKeys(*keys), energy_unit=energy_unit, length_unit=length_unit, elements=model.elements,
-        skip_bad=skip_bad,
+        skip_bad=skip_bad, predictions=predictions,
     )  # fmt: skip
     list_problems(problems)
     return frames
