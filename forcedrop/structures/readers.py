@@ -17,7 +17,7 @@ import numpy as np
 from ase import Atoms
 
 from forcedrop.structures.checks import BadFrames, Problem, check_frames
-from forcedrop.structures.frame import Frame
+from forcedrop.structures.frame import COMPUTED, Frame
 from forcedrop.structures.predictions import Use, settle
 from forcedrop.structures.pymatgen_io import frames_from_pymatgen
 from forcedrop.structures.store import FrameStore
@@ -150,7 +150,8 @@ def _convert(frame: Frame, energy: float, length: float) -> Frame:
     return Frame(
         z=frame.z, pos=frame.pos * length, cell=frame.cell * length, pbc=frame.pbc,
         energy=times(frame.energy, energy), forces=times(frame.forces, energy / length),
-        stress=times(frame.stress, energy / length**3), info=frame.info, arrays=frame.arrays, source=frame.source,
+        stress=times(frame.stress, energy / length**3), info=frame.info, arrays=frame.arrays,
+        constraints=frame.constraints, source=frame.source,
     )  # fmt: skip
 
 
@@ -244,11 +245,16 @@ def _labelled(
                 labels[name] = _label(name, key, have[key], atoms)
         used = _LABELS | {keys.energy, keys.forces, keys.stress}
         core = {"numbers", "positions", *used}
+        written = atoms.info.get("constraints")
+        if isinstance(written, list):  # those of any kind, beside a column for the simple ones
+            labels["constraints"] = written
+            used = used | {"constraints"}
+        computed = {k: np.asarray(have[k]) for k in COMPUTED if k in have and np.shape(have[k]) == (len(atoms),)}
         yield Frame.from_atoms(
             atoms,
             source=f"{source}#{index}",
             info={k: v for k, v in atoms.info.items() if k not in used},
-            arrays={k: v for k, v in atoms.arrays.items() if k not in core},
+            arrays={**{k: v for k, v in atoms.arrays.items() if k not in core}, **computed},
             **labels,
         )
 

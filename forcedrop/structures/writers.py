@@ -17,6 +17,7 @@ from ase.db.core import check as check_pairs
 from ase.io.trajectory import Trajectory
 
 from forcedrop.files import whole
+from forcedrop.structures.constraints import XYZ_COLUMN
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.store import FrameStore
 
@@ -133,8 +134,11 @@ _OPENERS = {
 
 
 def _image(frame: Frame) -> Atoms:
-    """Return what an extended XYZ file is written from."""
-    return frame.to_atoms()
+    """Return what an extended XYZ file is written from, with constraints that ``move_mask`` cannot hold in ``info``."""
+    atoms = frame.to_atoms()
+    if not all(type(constraint) in XYZ_COLUMN for constraint in atoms.constraints):
+        atoms.info["constraints"] = frame.constraints
+    return atoms
 
 
 def _split(frame: Frame) -> tuple[Atoms, dict[str, np.ndarray]]:
