@@ -334,7 +334,7 @@ def with_uncertainties(frame: Frame, prediction: FramePrediction) -> Frame:
 
 
 def with_predictions(frame: Frame, prediction: FramePrediction) -> Frame:
-    """Return the frame with the means in the place of its labels, marked as predictions, and σ beside; see :func:`predicted_frames`."""
+    """Return the frame with the means in the place of its labels, marked as such, and σ beside."""
     stress = prediction.mean["stress"] if _has_stress(frame) else None
     bare = replace(frame, energy=float(prediction.mean["energy"]), forces=prediction.mean["forces"], stress=stress)
     noted = _noted(bare, prediction, "")

@@ -1,8 +1,8 @@
 """Which of a frame's labels are a model's own predictions, and what may be done with them.
 
-Files of dynamics and of ``forcedrop predict`` hold predictions where other programs look for energies and forces. Each frame says
-so in ``info["forcedrop_predicted"]``, with numbers, so that a frame that was labelled anew is recognised, whoever copied the note:
-``energy E; forces I Fx Fy Fz; stress xx yy zz yz xz xy`` in eV and Å, of the atom I with the largest force.
+Files of dynamics and of ``forcedrop predict`` hold predictions where other programs look for energies and forces. Each frame
+says so in ``info["forcedrop_predicted"]``, with numbers, so that a frame that was labelled anew is known, whoever copied the
+note: ``energy E; forces I Fx Fy Fz; stress xx yy zz yz xz xy`` in eV and Å, of the atom I with the largest force.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def mark(frame: Frame) -> Frame:
 def predicted(frame: Frame) -> tuple[str, ...]:
     """Return which labels of a frame are predictions.
 
-    Without the note, of files of versions that wrote none: all of them, if the energy is that of the dynamics (``potential_eV``) or
-    of the model (``forcedrop_energy``) beside it, or stands beside its own error bar.
+    Without the note, of files of versions that wrote none: all of them, if the energy is that of the dynamics (``potential_eV``)
+    or of the model (``forcedrop_energy``) beside it, or stands beside its own error bar.
     """
     have = tuple(name for name in LABELS if getattr(frame, name) is not None)
     note = frame.info.get(MARK)
@@ -83,7 +83,8 @@ def _without(frame: Frame, names: Iterable[str]) -> Frame:
     if not names:
         return frame
     info = {name: value for name, value in frame.info.items() if name != MARK}
-    return replace(frame, info=info, **dict.fromkeys(names))
+    kept: dict[str, Any] = dict.fromkeys(names)
+    return replace(frame, info=info, **kept)
 
 
 def _refusal(frames: Sequence[Frame], found: Sequence[tuple[str, ...]]) -> str:

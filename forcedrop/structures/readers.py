@@ -80,8 +80,8 @@ def read_checked(
         length_unit: of the files.
         elements: atomic numbers to accept; all if not given.
         skip_bad: drop bad frames instead of raising.
-        predictions: in the place of labels, as in files of dynamics: refused, dropped (of structures whose labels do not matter), or
-            taken for labels; see ``forcedrop.structures.predictions``.
+        predictions: in the place of labels, as in files of dynamics: refused, dropped (where labels do not matter), or kept, that
+            is taken for labels; see ``forcedrop.structures.predictions``.
 
     Returns:
         the good frames, and the problems of those that were dropped.

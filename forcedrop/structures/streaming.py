@@ -75,7 +75,10 @@ def _frame(atoms: Atoms, source: str, factor: float) -> Frame:
         frame = Frame.from_atoms(Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc), source)
         return replace(frame, pos=frame.pos * factor, cell=frame.cell * factor)
     arrays = {name: values for name, values in atoms.arrays.items() if name not in ("numbers", "positions")}
-    return _bare(Frame.from_atoms(atoms, source, info=dict(atoms.info), arrays=arrays))
+    info = dict(atoms.info)
+    written = info.pop("constraints", None)
+    own = {"constraints": written} if isinstance(written, list) else {}
+    return _bare(Frame.from_atoms(atoms, source, info=info, arrays=arrays, **own))
 
 
 def _bare(frame: Frame) -> Frame:

@@ -40,7 +40,7 @@ def require_frames_suffix(path: str | Path | None) -> None:
 def write_frames(path: str | Path, frames: Sequence[Frame], *, append: bool = False) -> None:
     """Write frames in the format of the suffix, one of :data:`SUFFIXES`, with labels, ``info`` and ``arrays``.
 
-    Labels get ASE's own names (energy, forces, stress), so that other programs read them. A new file is there whole or not at all.
+    Labels get ASE's own names (energy, forces, stress), so that other programs read them. A new file is whole or not there.
 
     Args:
         path: the file; its folder is made.

@@ -60,6 +60,7 @@ class DataSection(_Section):
     energy_unit: str = Field("eV", description="unit of energies in the files; npz files say their own")
     length_unit: str = Field("Angstrom", description="unit of lengths in the files")
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
+    predictions_as_labels: bool = Field(False, description="take a model's predictions, as in md.xyz, for labels")
 
 
 @dataclass(frozen=True)
