@@ -309,7 +309,8 @@ def _start(structure: Path, index: int, repeat: tuple[int, int, int], model: Any
     try:
         frames = read([structure], model, (None, None, None), "eV", "Angstrom", skip_bad=False, predictions="drop")
     except BadFrames as error:
-        raise BadFrames(error.problems, hint="give a file of good structures to start from") from None
+        more = f" (and {len(error.problems) - 1} more problems)" if len(error.problems) > 1 else ""
+        raise ValueError(f"cannot start from {error.problems[0]}{more}") from None
     if not -len(frames) <= index < len(frames):
         raise ValueError(f"{structure} holds {len(frames)} frames, asked for frame {index}")
     start = frames[index].to_atoms()

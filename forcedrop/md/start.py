@@ -55,8 +55,8 @@ def check_start(atoms: Atoms, ensemble: Ensemble, temperature: float, draw: bool
         draw: whether velocities will be drawn; else the atoms must have them.
 
     Raises:
-        ValueError: for constraints that would not be obeyed, atoms none of which can move, NPT of one atom or of constrained ones, or
-            velocities that are asked for and not there.
+        ValueError: for constraints that would not be obeyed, atoms none of which can move, NPT of one atom or of constrained
+            ones, or velocities that are asked for and not there.
     """
     unknown = sorted({type(c).__name__ for c in atoms.constraints if not isinstance(c, IN_DYNAMICS)})
     if unknown:
