@@ -52,6 +52,8 @@ def train(
     from forcedrop.training import train as train_model
     from forcedrop.training.parallel import is_first_process
 
+    if resume and overwrite:
+        raise ValueError("either go on with the training or overwrite it (--resume, --overwrite), not both")
     settings = load_config(config)
     model = train_model(settings, resume=resume, overwrite=overwrite)
     if not is_first_process():  # under torchrun

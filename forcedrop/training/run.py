@@ -33,6 +33,7 @@ from forcedrop.training.data import Prepared, build_graphs, content_hash, prepar
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
 from forcedrop.training.output import CHECKPOINT, LOG, MODEL, claim_training, remove_training
 from forcedrop.training.parallel import World, joined, own_device
+from forcedrop.training.start import with_shape_of_start
 from forcedrop.training.validate import Errors
 from forcedrop.uncertainty.calibrate import calibrate
 from forcedrop.uncertainty.method import Labels, find_functions
@@ -59,6 +60,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         TrainingDiverged: if the loss is not a number; the message names the frames.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a resumable checkpoint was written.
     """
+    config = with_shape_of_start(config, resume=resume)
     with joined(own_device(config.device)) as world, _matrix_products("high" if config.tf32 else "highest"):
         trainer, data = _prepare(config, resume, overwrite, world)
         _run(trainer, config, content_hash(data.split.train), resume)
