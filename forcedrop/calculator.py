@@ -126,7 +126,7 @@ class DropoutCalculator(Calculator):
         """
         super().calculate(atoms, list(properties), list(system_changes))
         present: Any = self.atoms
-        frame = self._checked(Frame.from_atoms(present, source="atoms"))
+        frame = self._checked(Frame.geometry(present, source="atoms"))
         periodic = bool(frame.pbc.any()) and frame.volume > 0
         self._refuse(properties, periodic)
         batch = batch_graphs([build_graph(frame, self._finder, self.potential.dtype)]).to(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informat
 from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
+from forcedrop.structures.predictions import mark
 from forcedrop.uncertainty.calibrate import calibrate
 from forcedrop.uncertainty.calibration import Calibration, deviations, difference_sigma
 from forcedrop.uncertainty.sampling import FramePrediction, predict_graphs
@@ -135,14 +136,57 @@ def predict_frames(
     n_samples, seed = model.functions_for(n_samples, seed)
     predictions = predict_graphs(model.potential, graphs, n_samples=n_samples, seed=seed)
     bar = tqdm(predictions, total=len(frames), desc=what, unit="frame")
-    found = []
-    for frame, p in zip(frames, bar, strict=True):
-        samples, sigma = p.samples, None
-        if model.calibration is not None:
-            samples = model.calibration.apply(p.samples, frame.z, p.mean)
-            sigma = deviations(samples)
-        found.append(replace(p, sigma=sigma, samples={"energy": samples["energy"]}))
-    return found
+    return [_calibrated(model, frame, p) for frame, p in zip(frames, bar, strict=True)]
+
+
+def predicted_frames(
+    model: TrainedModel,
+    frames: Iterable[Frame],
+    *,
+    n_samples: int | None = None,
+    seed: int | None = None,
+    most_atoms: int = 16_384,
+) -> Iterator[Frame]:
+    """Yield every frame with energy, forces and stress of the model in the place of labels, marked as such, and σ beside them.
+
+    At most ``most_atoms`` atoms, or one frame, are in memory at a time, however many frames there are.
+
+    Names beyond the labels: ``energies`` (of atoms), ``energy_std``, ``energy_uncertainty``, ``forces_std`` …, in ``info`` and
+    ``arrays``; the uncertainties only of a calibrated model.
+
+    Raises:
+        BadFrames: if a frame cannot be computed.
+    """
+    n_samples, seed = model.functions_for(n_samples, seed)
+    for block in _blocks(frames, most_atoms):
+        problems = check_frames(block, elements=model.elements)
+        if problems:
+            raise BadFrames(problems)
+        found = predict_graphs(model.potential, model.graphs(block), n_samples=n_samples, seed=seed)
+        for frame, p in zip(block, found, strict=True):
+            yield with_predictions(frame, _calibrated(model, frame, p))
+
+
+def _blocks(frames: Iterable[Frame], most_atoms: int) -> Iterator[list[Frame]]:
+    block: list[Frame] = []
+    atoms = 0
+    for frame in frames:
+        if block and atoms + len(frame) > most_atoms:
+            yield block
+            block, atoms = [], 0
+        block.append(frame)
+        atoms += len(frame)
+    if block:
+        yield block
+
+
+def _calibrated(model: TrainedModel, frame: Frame, p: FramePrediction) -> FramePrediction:
+    """Return a prediction with σ, if the model has a calibration, and with the samples of the energy alone."""
+    samples, sigma = p.samples, None
+    if model.calibration is not None:
+        samples = model.calibration.apply(p.samples, frame.z, p.mean)
+        sigma = deviations(samples)
+    return replace(p, sigma=sigma, samples={"energy": samples["energy"]})
 
 
 def evaluate(
@@ -286,13 +330,31 @@ def with_uncertainties(frame: Frame, prediction: FramePrediction) -> Frame:
 
     Names: ``forcedrop_energy``, ``energy_std``, ``energy_uncertainty`` … ; the uncertainties only of a calibrated model.
     """
+    return _noted(frame, prediction, "forcedrop_")
+
+
+def with_predictions(frame: Frame, prediction: FramePrediction) -> Frame:
+    """Return the frame with the means in the place of its labels, marked as such, and σ beside."""
+    stress = prediction.mean["stress"] if _has_stress(frame) else None
+    bare = replace(frame, energy=float(prediction.mean["energy"]), forces=prediction.mean["forces"], stress=stress)
+    noted = _noted(bare, prediction, "")
+    info = {name: value for name, value in noted.info.items() if name not in ("energy", "stress")}
+    return mark(replace(noted, info=info, arrays={k: v for k, v in noted.arrays.items() if k != "forces"}))
+
+
+def _noted(frame: Frame, prediction: FramePrediction, prefix: str) -> Frame:
+    """Return the frame with means, under names with a prefix, raw spreads and σ in ``info`` and ``arrays``."""
     info, arrays = dict(frame.info), dict(frame.arrays)
     for name in ("energy", "energies", "forces", "stress"):
-        if name == "stress" and not (frame.pbc.any() and frame.volume > 0):
+        if name == "stress" and not _has_stress(frame):
             continue
         target: dict[str, Any] = arrays if name in ("energies", "forces") else info
-        values: dict[str, Any] = {f"forcedrop_{name}": prediction.mean[name], f"{name}_std": prediction.std[name]}
+        values: dict[str, Any] = {f"{prefix}{name}": prediction.mean[name], f"{name}_std": prediction.std[name]}
         if prediction.sigma is not None:
             values[f"{name}_uncertainty"] = prediction.sigma[name]
         target.update({k: float(v) if np.ndim(v) == 0 else np.array(v) for k, v in values.items()})
-    return Frame(**{**vars(frame), "info": info, "arrays": arrays})
+    return replace(frame, info=info, arrays=arrays)
+
+
+def _has_stress(frame: Frame) -> bool:
+    return bool(frame.pbc.any()) and frame.volume > 0

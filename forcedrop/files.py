@@ -9,10 +9,68 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def claim(
+    outputs: Iterable[str | Path | None],
+    inputs: Iterable[str | Path | None] = (),
+    *,
+    overwrite: bool = False,
+    otherwise: str = "--overwrite replaces it",
+) -> None:
+    """Refuse, before anything is computed, to write where something is that would be lost: the one rule of all commands.
+
+    Args:
+        outputs: files that will be written; None is left out.
+        inputs: files that are read, which must not be among them, whatever ``overwrite`` says; links are followed.
+        overwrite: whether files that exist may be replaced.
+        otherwise: what can be done about a file that exists, for the error.
+
+    Raises:
+        ValueError: naming the file, if it exists, is read besides, is asked for twice, or cannot be made in its folder.
+    """
+    read = {Path(path).resolve() for path in inputs if path is not None}
+    seen: set[Path] = set()
+    for path in (Path(output) for output in outputs if output is not None):
+        place = path.resolve()
+        if place in read:
+            raise ValueError(f"{path} is read and would be written, too; choose another output")
+        if place in seen:
+            raise ValueError(f"{path} would be written twice; choose another name for one of the outputs")
+        seen.add(place)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a file that could be written")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists; {otherwise}, or choose another output")
+        folder = next(parent for parent in place.parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f"{path} cannot be written: {folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{path} cannot be written: no permission to write in {folder}")
+
+
+def require_suffix(path: str | Path | None, suffixes: Iterable[str]) -> None:
+    """Refuse a file name of another kind than can be written.
+
+    Raises:
+        ValueError: naming what can be.
+    """
+    known = tuple(suffixes)
+    if path is not None and Path(path).suffix.lower() not in known:
+        raise ValueError(f"{path}: the name must end with one of {' '.join(known)}")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to the first of ``NAME.1``, ``NAME.2`` … that is free, and return that."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
 
 
 def _beside(path: Path, shared: bool) -> Path:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
+from forcedrop.active.picking import Pool, Uncertain, scaled_features, structure_features
 from forcedrop.evaluation import predict_frames, with_uncertainties
 from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
+from forcedrop.structures.streaming import structures_in
 from forcedrop.uncertainty.calibration import CRITERIA, Calibration, frame_criteria
 
 
@@ -86,6 +90,45 @@ def flag(
         }
         judged.append(Frame(**{**vars(noted), "info": info}))
     return Flags(criterion, limit, values, np.argsort(-values, kind="stable"), judged)
+
+
+def select(
+    model: TrainedModel, flags: Flags, number: int | None = None, *, diverse: bool = False, known: Sequence[Frame] = ()
+) -> list[Frame]:
+    """Return what to label of the flagged frames, most worth it first.
+
+    Args:
+        model: that judged them.
+        flags: of :func:`flag`.
+        number: at most so many; all if None.
+        diverse: by σ times the distance, in the network's features, from all that is known or chosen, without near-duplicates, as
+            the loop picks; else by σ alone.
+        known: frames that are labelled already, for the distance.
+
+    Raises:
+        ValueError: if ``number`` is not positive.
+    """
+    if number is not None and number < 1:
+        raise ValueError(f"the number of frames must be positive, got {number}")
+    flagged = flags.flagged
+    if not diverse or not flagged:
+        return flagged[:number]
+    own = structure_features(model, flags.frames)
+    before = structure_features(model, known) if known else own[:0]
+    pool = Pool(flags.values, flags.threshold, *scaled_features(own, before))
+    picks = Uncertain().pick(pool, len(flagged) if number is None else number, np.random.default_rng(0))
+    return [flags.frames[pick.index] for pick in picks]
+
+
+def of_flag(path: Path) -> bool:
+    """Return whether a file is what ``forcedrop flag`` wrote: every frame looked at has a σ that it was ranked by."""
+    if not path.is_file():
+        return False
+    try:
+        first = list(islice(structures_in(path), 1))
+    except ValueError:
+        return False
+    return bool(first) and all(f"sigma_{name}" in first[0].info for name in (*CRITERIA,)) and "origin" in first[0].info
 
 
 def resolve_threshold(

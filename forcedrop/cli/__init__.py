@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-from forcedrop.cli import models, runs  # noqa: F401 (their commands)
+import typer
+
+import forcedrop
+from forcedrop.cli import models, predict, runs  # noqa: F401 (their commands)
 from forcedrop.cli.common import app
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"forcedrop {forcedrop.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

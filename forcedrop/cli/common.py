@@ -5,29 +5,49 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+if TYPE_CHECKING:
+    from forcedrop.structures.predictions import Use
+
 P = ParamSpec("P")
 app = typer.Typer(
-    help="Force fields that know when they are wrong.",
+    help=(
+        "Force fields that know when they are wrong.\n\n"
+        "Nothing is overwritten: a command whose output exists stops before it computes anything; --overwrite replaces it. "
+        "Units are eV, Å, fs, K and GPa. --seed is the seed of what a command draws itself (velocities, thermostat, functions); "
+        "--mask-seed that of dropout masks that are drawn at inference, which few models have.\n\n"
+        "Exit codes: 0 done; 1 refused or failed, with one line that says why; 2 a command line that cannot be understood; "
+        "3 dynamics ended by its guard; 130 interrupted."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or units in brackets would be taken for markup
 )
+
+STOPPED = 3
+"""Exit code of dynamics that its guard ended."""
 
 
 Model = Annotated[Path, typer.Argument(help="model file, such as runs/ethanol/model.pt", show_default=False)]
 Files = Annotated[list[Path], typer.Argument(help="xyz, traj, db, json, npz or h5 files", show_default=False)]
 Samples = Annotated[int | None, typer.Option(help="number K of Monte-Carlo samples; by default the model's", min=2)]
-Seed = Annotated[int | None, typer.Option(help="seed of the masks; by default the model's own")]
+MaskSeed = Annotated[
+    int | None, typer.Option(help="of dropout masks drawn at inference, if the model has any; by default its own")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="drop and list bad frames instead of stopping")]
 EnergyKey = Annotated[str | None, typer.Option(help="name of the energy in the files")]
 ForcesKey = Annotated[str | None, typer.Option(help="name of the forces in the files")]
 StressKey = Annotated[str | None, typer.Option(help="name of the stress in the files")]
 EnergyUnit = Annotated[str, typer.Option(help="of the files: eV, meV, kcal/mol, kJ/mol, Hartree")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace output that exists")]
+PredictionsAsLabels = Annotated[
+    bool, typer.Option("--predictions-as-labels", help="take a model's own predictions, as in md.xyz, for labels")
+]
 LengthUnit = Annotated[str, typer.Option(help="of the files: Angstrom, Bohr, nm")]
 
 
@@ -65,6 +85,11 @@ def that_trains(command: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+def members(model: Path) -> list[Path]:
+    """Return the model files behind a name: several are joined by +."""
+    return [Path(name) for name in str(model).split("+")]
+
+
 def load(path: Path, device: str) -> Any:
     """Read a model file onto a device."""
     from forcedrop.devices import pick_device
@@ -80,13 +105,14 @@ def read(
     energy_unit: str,
     length_unit: str,
     skip_bad: bool,
+    predictions: Use = "refuse",
 ) -> Any:
-    """Read frames that the model can compute, and list what was dropped."""
+    """Read frames that the model can compute, and list what was dropped; ``predictions`` says what labels may be."""
     from forcedrop.structures import LabelKeys, read_checked
 
     frames, problems = read_checked(
         files, keys=LabelKeys(*keys), energy_unit=energy_unit, length_unit=length_unit, elements=model.elements,
-        skip_bad=skip_bad,
+        skip_bad=skip_bad, predictions=predictions,
     )  # fmt: skip
     list_problems(problems)
     return frames

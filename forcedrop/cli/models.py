@@ -1,10 +1,10 @@
-"""Commands about models: train, evaluate, compare, fill, info."""
+"""Commands about models: train, evaluate, compare, fill, info; what they write is claimed first (``files.claim``)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,18 +15,25 @@ from forcedrop.cli.common import (
     Files,
     ForcesKey,
     LengthUnit,
+    MaskSeed,
     Model,
+    Overwrite,
+    PredictionsAsLabels,
     Samples,
-    Seed,
     SkipBad,
     StressKey,
     app,
     clear_errors,
     list_problems,
     load,
+    members,
     read,
     that_trains,
 )
+from forcedrop.files import claim, require_suffix
+
+if TYPE_CHECKING:
+    from forcedrop.structures.predictions import Use
 
 
 @app.command()
@@ -35,6 +42,9 @@ from forcedrop.cli.common import (
 def train(
     config: Annotated[Path, typer.Argument(help="training file (YAML)", show_default=False)],
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="remove the training that is there and start anew")
+    ] = False,
 ) -> None:
     """Train and calibrate a model as a YAML file says."""
     from forcedrop.report import save_figure, training_figure
@@ -42,8 +52,10 @@ def train(
     from forcedrop.training import train as train_model
     from forcedrop.training.parallel import is_first_process
 
+    if resume and overwrite:
+        raise ValueError("either go on with the training or overwrite it (--resume, --overwrite), not both")
     settings = load_config(config)
-    model = train_model(settings, resume=resume)
+    model = train_model(settings, resume=resume, overwrite=overwrite)
     if not is_first_process():  # under torchrun
         return
     save_figure(training_figure(settings.output / "log.csv"), settings.output / "training.png")
@@ -63,9 +75,13 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="folder for evaluation.json, the frames with σ, and plots")
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="also write the frames with σ, as .xyz or .h5")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="also write the frames with σ, as .xyz, .traj, .db, .json or .h5")
+    ] = None,
+    overwrite: Overwrite = False,
+    predictions_as_labels: PredictionsAsLabels = False,
     samples: Samples = None,
-    seed: Seed = None,
+    mask_seed: MaskSeed = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
     energy_key: EnergyKey = None,
@@ -79,19 +95,22 @@ def evaluate(
     from forcedrop.evaluation import predict_frames, with_uncertainties
     from forcedrop.report import detection_figure, evaluation_table, parity_figure, save_figure, sigma_figure
     from forcedrop.structures import write_frames
+    from forcedrop.structures.writers import require_frames_suffix
 
-    if output is not None and any(path.resolve() == (output / "frames.h5").resolve() for path in files):
-        raise ValueError(f"{output / 'frames.h5'} would be overwritten; choose another --output")
+    require_frames_suffix(write)
+    names = ("evaluation.json", "frames.h5", "parity.png", "sigma.png", "detection.png")
+    made = [] if output is None else [output / name for name in names]
+    claim([*made, write], [*members(model), *files], overwrite=overwrite)
     loaded = load(model, device)
     keys = (energy_key, forces_key, stress_key)
-    frames = read(files, loaded, keys, energy_unit, length_unit, skip_bad)
-    predictions = predict_frames(loaded, frames, n_samples=samples, seed=seed, what="evaluate")
+    frames = read(files, loaded, keys, energy_unit, length_unit, skip_bad, _use(predictions_as_labels))
+    predictions = predict_frames(loaded, frames, n_samples=samples, seed=mask_seed, what="evaluate")
     result = evaluate_frames(loaded, frames, predictions=predictions)
     typer.echo(evaluation_table(result))
     noted = [with_uncertainties(frame, prediction) for frame, prediction in zip(frames, predictions, strict=True)]
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        settings = {"model": str(model), "files": [str(f) for f in files], "samples": samples, "seed": seed}
+        settings = {"model": str(model), "files": [str(f) for f in files], "samples": samples, "mask_seed": mask_seed}
         values = {"settings": settings, **result.as_dict()}
         (output / "evaluation.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         write_frames(output / "frames.h5", noted)
@@ -100,6 +119,8 @@ def evaluate(
         save_figure(sigma_figure(result, title), output / "sigma.png")
         if "forces" in result.error:
             save_figure(detection_figure(result, title), output / "detection.png")
+        else:
+            (output / "detection.png").unlink(missing_ok=True)  # of an earlier evaluation
         typer.echo(
             f"wrote evaluation.json, frames.h5 (with σ), parity.png, sigma.png, detection.png (with forces) to {output}"
         )
@@ -119,6 +140,8 @@ def compare(
         Path | None, typer.Option(help="labelled frames to calibrate all models on; else each keeps its own")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="folder for comparison.json and comparison.png")] = None,
+    overwrite: Overwrite = False,
+    predictions_as_labels: PredictionsAsLabels = False,
     samples: Samples = None,
     device: Device = "auto",
 ) -> None:
@@ -126,6 +149,9 @@ def compare(
     from forcedrop.evaluation import compare as compare_models
     from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
 
+    made = [] if output is None else [output / "comparison.json", output / "comparison.png"]
+    given = [member for text in models for member in members(Path(text))]
+    claim(made, [*given, *test, calibration], overwrite=overwrite)
     loaded: dict[str, Any] = {}
     for text in models:
         loaded[text] = load(Path(text), device)
@@ -134,7 +160,8 @@ def compare(
     first = next(iter(loaded.values()))
 
     def frames(path: Path) -> Any:
-        return read([path], first, (None, None, None), "eV", "Angstrom", skip_bad=False)
+        use = _use(predictions_as_labels)
+        return read([path], first, (None, None, None), "eV", "Angstrom", skip_bad=False, predictions=use)
 
     sets = {path.stem: frames(path) for path in test}
     held = None if calibration is None else frames(calibration)
@@ -158,8 +185,12 @@ def fill(
     held_out: Annotated[list[Path], typer.Option(help="labelled frames that did not: to choose and to calibrate by")],
     functions: Annotated[int, typer.Option(help="how many", min=2)] = 64,
     method: Annotated[str, typer.Option(help="exact_dropout or posterior")] = "exact_dropout",
-    seed: Annotated[int, typer.Option(help="of masks and draws")] = 0,
-    output: Annotated[Path | None, typer.Option(help="where to write; over the model itself by default")] = None,
+    seed: Annotated[int, typer.Option(help="of what is drawn: the functions")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="where to write; by default NAME_filled.pt beside the model NAME.pt")
+    ] = None,
+    overwrite: Overwrite = False,
+    predictions_as_labels: PredictionsAsLabels = False,
     device: Device = "auto",
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
@@ -173,15 +204,19 @@ def fill(
     from forcedrop.report import describe_functions
     from forcedrop.uncertainty import method_of
 
+    target = model.with_name(f"{model.stem}_filled.pt") if output is None else output
+    require_suffix(target, [".pt"])
+    claim([target], [*members(model), *data, *held_out], overwrite=overwrite)
     loaded = load(model, device)
     keys = (energy_key, forces_key, stress_key)
-    train, held = (read(files, loaded, keys, energy_unit, length_unit, False) for files in (data, held_out))
+    use = _use(predictions_as_labels)
+    train, held = (read(files, loaded, keys, energy_unit, length_unit, False, use) for files in (data, held_out))
     found = fill_model(loaded, train, held, method_of(method)(functions=functions, seed=seed))
-    save_model(found, output or model)
+    save_model(found, target)
     typer.echo("\n".join(describe_functions(found)))
     if found.calibration is not None:
         typer.echo(f"calibration: {found.calibration.sentence()}")
-    typer.echo(f"wrote {output or model}")
+    typer.echo(f"wrote {target}")
 
 
 @app.command()
@@ -199,10 +234,18 @@ def info(
         typer.echo(describe_model(load_model(path)))
         return
     from forcedrop.structures import read_checked
+    from forcedrop.structures.predictions import predicted
 
-    frames, problems = read_checked([path], skip_bad=skip_bad)
+    frames, problems = read_checked([path], skip_bad=skip_bad, predictions="keep")
     list_problems(problems)
     typer.echo(describe_frames(frames))
+    own = [names for names in map(predicted, frames) if names]
+    if own:
+        typer.echo(f"{len(own)} of them hold predictions of a model ({', '.join(own[0])}) in the place of labels")
+
+
+def _use(predictions_as_labels: bool) -> Use:
+    return "keep" if predictions_as_labels else "refuse"
 
 
 def _short_names(models: dict[str, Any]) -> dict[str, Any]:

@@ -9,18 +9,24 @@ from typing import Annotated, Any
 import typer
 
 from forcedrop.cli.common import (
+    STOPPED,
     Device,
     Files,
+    MaskSeed,
     Model,
+    Overwrite,
     Samples,
-    Seed,
     SkipBad,
     app,
     clear_errors,
     load,
+    members,
     read,
     that_trains,
 )
+from forcedrop.files import claim, require_suffix, set_aside
+
+FIGURES = (".png", ".pdf", ".svg")
 
 
 class Ensemble(StrEnum):
@@ -53,9 +59,13 @@ def md(
     structure: Annotated[Path, typer.Argument(help="file with the start structure", show_default=False)],
     output: Annotated[Path, typer.Option(help="folder for md.csv, md.xyz, md.h5, md.json, md.png")] = Path("md"),
     ensemble: Annotated[Ensemble, typer.Option(help="constant energy, temperature, or pressure")] = Ensemble.nve,
-    temperature: Annotated[float, typer.Option(help="[K]", min=0)] = 300.0,
-    pressure: Annotated[float, typer.Option(help="[GPa], for npt")] = 0.0,
-    friction: Annotated[float, typer.Option(help="[1/fs], for nvt (Langevin)", min=0)] = 0.01,
+    temperature: Annotated[
+        float, typer.Option(help="of the first velocities, and of the thermostat of nvt and npt [K]", min=0)
+    ] = 300.0,
+    pressure: Annotated[float | None, typer.Option(help="for npt, and for it alone; by default 0 [GPa]")] = None,
+    friction: Annotated[
+        float | None, typer.Option(help="for nvt (Langevin), and for it alone; by default 0.01 [1/fs]", min=0)
+    ] = None,
     steps: Annotated[int, typer.Option(help="number of steps", min=1)] = 2000,
     timestep: Annotated[float, typer.Option(help="[fs]")] = 0.5,
     index: Annotated[int, typer.Option(help="which frame of the file to start from")] = 0,
@@ -95,36 +105,49 @@ def md(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on where a killed run stopped, or make it longer")
     ] = False,
-    keep_velocities: Annotated[bool, typer.Option("--keep-velocities", help="use those in the file")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run that is in the folder")] = False,
+    keep_velocities: Annotated[
+        bool, typer.Option("--keep-velocities", help="use those in the file, instead of drawing them")
+    ] = False,
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="of velocities and thermostat")] = 0,
-    mask_seed: Seed = None,
+    seed: Annotated[int, typer.Option(help="of what is drawn: velocities and the thermostat's forces")] = 0,
+    mask_seed: MaskSeed = None,
     device: Device = "auto",
 ) -> None:
-    """Run molecular dynamics with error bars and flag the moments that the model does not know."""
+    """Run molecular dynamics with error bars and flag the moments that the model does not know.
+
+    Constraints of the start structure (FixAtoms, move_mask, selective dynamics …) are obeyed. Exit code 3: the guard stopped it.
+    """
     from forcedrop.calculator import DropoutCalculator
     from forcedrop.devices import pick_device
-    from forcedrop.md import NPT, NVE, NVT, run_md
+    from forcedrop.md import run_md
+    from forcedrop.md.run import FILES, claim_folder
+    from forcedrop.md.start import check_settings
     from forcedrop.report import run_figure, save_figure
 
+    kind = _ensemble(ensemble, pressure, friction)
+    check_settings(kind, temperature, timestep, steps, record_every)
+    if resume and overwrite:
+        raise ValueError("either go on with the run or overwrite it (--resume, --overwrite), not both")
+    claim([output / name for name in FILES], [*members(model), structure], overwrite=True)
+    if not (resume and (output / "restart.pt").exists()):
+        claim_folder(output, overwrite=overwrite, resume=resume)
     loaded = load(model, device)
-    frames = read([structure], loaded, (None, None, None), "eV", "Angstrom", skip_bad=False)
-    if not -len(frames) <= index < len(frames):
-        raise ValueError(f"{structure} holds {len(frames)} frames, asked for frame {index}")
-    start = frames[index].to_atoms()
-    atoms = start.repeat(repeat) if repeat != (1, 1, 1) else start
+    atoms = _start(structure, index, repeat, loaded)
     guard = _guard(
         loaded.calibration, (low, high), quantile, (false_flags, false_stops),
         ((check_every or record_every) * timestep, correlation_time), on_high, spacing, check_every,
     )  # fmt: skip
-    kind: Any = {Ensemble.nve: NVE(), Ensemble.nvt: NVT(friction), Ensemble.npt: NPT(pressure)}[ensemble]
     calculator = DropoutCalculator(loaded, samples, mask_seed, pick_device(device), uncertainty_every=uncertainty_every)
     run = run_md(
         atoms, calculator, output, ensemble=kind, temperature=temperature, steps=steps, timestep=timestep,
         record_every=record_every, seed=seed, guard=guard, velocities=not keep_velocities, resume=resume,
+        overwrite=overwrite,
     )  # fmt: skip
     save_figure(run_figure(run), output / "md.png")
     typer.echo(run.summary())
+    if run.stopped is not None:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
@@ -132,25 +155,54 @@ def md(
 def flag(
     model: Model,
     files: Files,
-    output: Annotated[Path, typer.Option(help="where to write the flagged frames, .xyz or .h5")] = Path("flagged.xyz"),
-    ranking: Annotated[Path | None, typer.Option(help="also write a CSV of all frames, most uncertain first")] = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw σ of every frame")] = None,
+    output: Annotated[
+        Path, typer.Option(help="where to write the flagged frames: .xyz, .traj, .db, .json or .h5")
+    ] = Path("flagged.xyz"),
+    ranking: Annotated[
+        Path | None, typer.Option(help="also write a table of all frames, most uncertain first, as .csv")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw σ of every frame, as .png, .pdf or .svg")] = None,
+    overwrite: Overwrite = False,
     criterion: Annotated[Criterion, typer.Option(help="what to rank by")] = Criterion.max_force,
     threshold: Annotated[float | None, typer.Option(help="absolute σ [eV/Å, or eV per atom]")] = None,
     quantile: Annotated[float | None, typer.Option(help="instead: quantile of the calibration frames [0.95]")] = None,
+    number: Annotated[int | None, typer.Option(help="write at most so many flagged frames", min=1)] = None,
+    diverse: Annotated[
+        bool, typer.Option("--diverse", help="of the flagged frames, those that differ most, in the network's features")
+    ] = False,
+    known: Annotated[
+        list[Path] | None,
+        typer.Option(help="frames that are labelled already, for --diverse; may be given several times"),
+    ] = None,
     samples: Samples = None,
-    seed: Seed = None,
+    mask_seed: MaskSeed = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
-    """Rank the frames of any structure file or trajectory by σ and write those above a threshold."""
+    """Rank the frames of any structure file or trajectory by σ and write those above a threshold, without labels of a model.
+
+    A file that an earlier flag wrote is kept as NAME.1, NAME.2 …; any other file in the place of the output is refused.
+    """
     from forcedrop.active import flag as flag_frames
+    from forcedrop.active.flagging import of_flag, select
     from forcedrop.report import flag_figure, ranking_csv, save_figure
     from forcedrop.structures import write_frames
+    from forcedrop.structures.writers import require_frames_suffix
     from forcedrop.uncertainty.calibration import CRITERIA
 
+    if known and not diverse:
+        raise ValueError("--known is for --diverse")
+    require_frames_suffix(output)
+    require_suffix(ranking, [".csv"])
+    require_suffix(plot, FIGURES)
+    inputs = [*members(model), *files, *(known or [])]
+    earlier = not overwrite and of_flag(output)
+    claim([output], inputs, overwrite=overwrite or earlier)
+    claim([output, ranking, plot], inputs, overwrite=True)
+    claim([ranking, plot], inputs, overwrite=overwrite)
     loaded = load(model, device)
-    frames = read(files, loaded, (None, None, None), "eV", "Angstrom", skip_bad)
+    frames = read(files, loaded, (None, None, None), "eV", "Angstrom", skip_bad, predictions="drop")
+    before = read(known, loaded, (None, None, None), "eV", "Angstrom", skip_bad, predictions="drop") if known else []
     flags = flag_frames(
         loaded,
         frames,
@@ -158,12 +210,18 @@ def flag(
         threshold=threshold,
         quantile=quantile,
         n_samples=samples,
-        seed=seed,
+        seed=mask_seed,
     )
     typer.echo(flags.summary())
-    if flags.flagged:
-        write_frames(output, flags.flagged)
-        typer.echo(f"wrote {len(flags.flagged)} frames to {output}")
+    chosen = select(loaded, flags, number, diverse=diverse, known=before)
+    if output.exists() and not overwrite:
+        typer.echo(f"the {output} of an earlier flag is now {set_aside(output)}")
+    if chosen:
+        write_frames(output, chosen)
+        typer.echo(f"wrote {len(chosen)} frames to {output}")
+    else:
+        output.unlink(missing_ok=True)
+        typer.echo(f"nothing is flagged: there is no {output}")
     if ranking is not None:
         typer.echo(f"wrote {ranking_csv(flags, ranking)}")
     if plot is not None:
@@ -211,12 +269,58 @@ def report(
     output: Annotated[Path | None, typer.Option(help="the page; by default page.html in the folder")] = None,
     frames: Annotated[int, typer.Option(help="most frames to show, apart from flagged ones", min=1)] = 200,
     title: Annotated[str | None, typer.Option(help="of the page")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make one HTML file of a run, to look at offline: structures coloured by σ, plots, tables, settings."""
     from forcedrop.report import report_page
 
-    page = report_page(folder, output, most=frames, title=title)
+    target = folder / "page.html" if output is None else output
+    require_suffix(target, [".html", ".htm"])
+    claim([target], overwrite=overwrite)
+    page = report_page(folder, target, most=frames, title=title)
     typer.echo(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+def _ensemble(ensemble: Ensemble, pressure: float | None, friction: float | None) -> Any:
+    """Return the ensemble that was meant.
+
+    Raises:
+        ValueError: for a setting of another one.
+    """
+    from forcedrop.md import NPT, NVE, NVT
+
+    if pressure is not None and ensemble is not Ensemble.npt:
+        raise ValueError(f"--pressure belongs to --ensemble npt, got {ensemble.value}")
+    if friction is not None and ensemble is not Ensemble.nvt:
+        raise ValueError(f"--friction belongs to --ensemble nvt, got {ensemble.value}")
+    if ensemble is Ensemble.nvt:
+        return NVT() if friction is None else NVT(friction)
+    return NVE() if ensemble is Ensemble.nve else NPT(pressure or 0.0)
+
+
+def _start(structure: Path, index: int, repeat: tuple[int, int, int], model: Any) -> Any:
+    """Return the atoms to start from.
+
+    Raises:
+        ValueError: if there is no such frame, or it cannot be repeated.
+    """
+    from forcedrop.structures import BadFrames
+
+    try:
+        frames = read([structure], model, (None, None, None), "eV", "Angstrom", skip_bad=False, predictions="drop")
+    except BadFrames as error:
+        more = f" (and {len(error.problems) - 1} more problems)" if len(error.problems) > 1 else ""
+        raise ValueError(f"cannot start from {error.problems[0]}{more}") from None
+    if not -len(frames) <= index < len(frames):
+        raise ValueError(f"{structure} holds {len(frames)} frames, asked for frame {index}")
+    start = frames[index].to_atoms()
+    if repeat == (1, 1, 1):
+        return start
+    if any(times < 1 or (times > 1 and not periodic) for times, periodic in zip(repeat, start.pbc, strict=True)):
+        raise ValueError(
+            f"--repeat needs positive numbers, above 1 only along periodic directions; got {repeat} for pbc {start.pbc.tolist()}"
+        )
+    return start.repeat(repeat)
 
 
 def _guard(

@@ -8,6 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 from ase import Atoms, units
+from ase.constraints import (
+    FixAtoms,
+    FixBondLengths,
+    FixCartesian,
+    FixCom,
+    FixedLine,
+    FixedPlane,
+    FixLinearTriatomic,
+    Hookean,
+)
 from ase.md.andersen import Andersen
 from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
@@ -136,10 +146,21 @@ class NPT:
 
 Ensemble = NVE | NVT | NPT
 
+FREE_TO_DRIFT = (FixBondLengths, FixLinearTriatomic, FixCom)
+"""Constraints that leave a molecule free to move and to turn as a whole, or hold it at rest."""
+
+IN_DYNAMICS = (FixAtoms, FixCartesian, FixedPlane, FixedLine, Hookean, *FREE_TO_DRIFT)
+"""Constraints that ASE's velocity Verlet and Langevin dynamics obey."""
+
 
 def draw_velocities(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
-    """Give the atoms Maxwell-Boltzmann velocities [K] without drift and, where nothing is periodic, without rotation."""
+    """Give the atoms Maxwell-Boltzmann velocities [K] without drift and, where nothing is periodic, without rotation.
+
+    Where constraints tie atoms to places in space, there is no drift to be taken away: it would move what is held.
+    """
     thermalize_momenta(atoms, temperature_K=temperature, rng=rng)
+    if not all(isinstance(constraint, FREE_TO_DRIFT) for constraint in atoms.constraints):
+        return
     Stationary(atoms)
     if not atoms.pbc.any() and len(atoms) > 2:
         ZeroRotation(atoms)

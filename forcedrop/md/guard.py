@@ -194,7 +194,7 @@ class Guard:
         forces = self.calculator.get_property(f"forces_{kind}", self.atoms)
         criteria = frame_criteria(forces, float(self.calculator.get_property(f"energy_{kind}", self.atoms)))
         sigma = criteria[self.band.criterion]
-        now = Frame.from_atoms(self.atoms)
+        now = Frame.geometry(self.atoms)
         away = self.rules.alone(now)
         trouble = self.rules.trouble(now, sigma, float(self.atoms.get_temperature()), away, self._away)
         if trouble is not None:
@@ -227,7 +227,7 @@ class Guard:
         self.events.append(Event(**{**vars(event), "back_to": safe.step}))
         self.atoms.set_cell(safe.cell, scale_atoms=False)
         self.atoms.set_positions(safe.positions, apply_constraint=False)
-        self._away = self.rules.alone(Frame.from_atoms(self.atoms))
+        self._away = self.rules.alone(Frame.geometry(self.atoms))
         draw_velocities(self.atoms, float(answer.temperature or 0.0), rng)
         jump(self._dynamics)
 

@@ -14,6 +14,7 @@ from ase import Atoms
 
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.structures import Frame, FrameStore, write_frames
+from forcedrop.structures.predictions import mark
 from forcedrop.uncertainty.calibration import difference_sigma
 from forcedrop.units import GPA
 
@@ -193,14 +194,14 @@ def _pressure(calculator: DropoutCalculator, atoms: Atoms, kind: str) -> Row:
 
 
 def recorded_frame(atoms: Atoms, row: Row) -> Frame:
-    """Return the atoms with everything their calculator knows, for a store or an extended XYZ file."""
+    """Return the atoms with everything their calculator knows, marked as predictions, for a store or an extended XYZ file."""
     results: dict[str, Any] = atoms.calc.results
     left = ("ensemble", "covariance")  # too much for every frame of a trajectory
     per_atom = {k: v for k, v in results.items() if k.startswith(("forces_", "energies")) and not k.endswith(left)}
     info = {
         k: v for k, v in results.items() if k.startswith(("energy_", "stress_", "pressure_")) and not k.endswith(left)
     }
-    return Frame.from_atoms(
+    frame = Frame.from_atoms(
         atoms,
         energy=float(results["energy"]),
         forces=np.array(results["forces"]),
@@ -208,3 +209,4 @@ def recorded_frame(atoms: Atoms, row: Row) -> Frame:
         info={**{k: np.asarray(v).tolist() for k, v in info.items()}, **row},
         arrays={**{k: np.array(v) for k, v in per_atom.items()}, "momenta": atoms.get_momenta()},
     )
+    return mark(frame)

@@ -66,13 +66,24 @@ class Restart:
         arrays = {name: values[name].numpy() for name in ("positions", "momenta", "cell")}
         return cls(**json.loads(values["json"]), **arrays)
 
-    def require(self, settings: dict[str, Any]) -> None:
+    def require(self, settings: dict[str, Any], moved: bool = False) -> None:
         """Check that a run may go on from here.
 
+        Args:
+            settings: of now.
+            moved: whether the atoms are those that the run itself has moved to this moment.
+
         Raises:
-            ValueError: naming the first setting that differs, with both values.
+            ValueError: for another start structure, or naming the first setting that differs, with both values.
         """
         before, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
+        if before.get("numbers") != now.get("numbers"):
+            raise ValueError("cannot resume: the run started from a structure of other atoms")
+        if before.get("start", now["start"]) != now["start"] and not moved:
+            raise ValueError(
+                "cannot resume: the run started from another structure of the same atoms, or from another frame"
+            )
+        before["start"] = now["start"]
         for name in dict.fromkeys([*before, *now]):
             old, new = before.get(name, "absent"), now.get(name, "absent")
             if name not in FREE and old != new:

@@ -15,12 +15,14 @@ from ase.md.md import MolecularDynamics
 from tqdm import tqdm
 
 from forcedrop.calculator import DropoutCalculator
+from forcedrop.files import claim
 from forcedrop.md.astray import runaway
 from forcedrop.md.band import Band
 from forcedrop.md.ensembles import NVE, Ensemble, draw_velocities
 from forcedrop.md.guard import Event, Guard, GuardStop, RollBack, Stop
 from forcedrop.md.recorder import Drift, Recorder, Row, energy_drift, line, read_rows
 from forcedrop.md.restart import Restart, fingerprint
+from forcedrop.md.start import check_settings, check_start, start_digest
 from forcedrop.structures import Frame
 
 
@@ -48,7 +50,9 @@ class GuardSettings:
         on_high = self.on_high
         if isinstance(on_high, RollBack) and on_high.temperature is None:
             on_high = replace(on_high, temperature=temperature)
-        factor = runaway(len(atoms)) if self.runaway is None else self.runaway
+        factor = (
+            runaway(max(1, atoms.get_number_of_degrees_of_freedom() // 3)) if self.runaway is None else self.runaway
+        )
         return Guard(
             calculator, atoms, self.band, spacing=max(1, round(self.spacing / timestep)), on_high=on_high,
             temperature_limit=factor * temperature if temperature > 0 else None,
@@ -163,6 +167,7 @@ def run_md(
     velocities: bool = True,
     on_record: Callable[[Atoms], None] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> MDRun:
     """Run dynamics and record energies, temperature and error bars.
 
@@ -188,30 +193,40 @@ def run_md(
         resume: go on from the last recorded step in ``folder``, to the same numbers as if nothing had happened; a folder
             without a restart file starts from the beginning. ``steps`` counts from the first start and may be larger than
             before.
+        overwrite: remove the run that is in ``folder``.
+
+    Constraints of the start are obeyed, in NVE and NVT; see ``forcedrop.md.ensembles.IN_DYNAMICS``.
 
     Raises:
-        ValueError: for settings that cannot be or differ on resuming, or if the run blows up (positions not finite).
+        ValueError: for settings or a start that cannot be or differ on resuming, a folder that holds a run already, or if the run
+            blows up (positions not finite).
     """
-    if steps < 1 or record_every < 1 or timestep <= 0:
-        raise ValueError(f"steps, record_every and timestep must be positive, got {steps}, {record_every}, {timestep}")
     guard = _guard_settings(guard, threshold, stop_above)
     ensemble, folder = ensemble or NVE(), Path(folder)
+    check_settings(ensemble, temperature, timestep, steps, record_every)
+    check_start(atoms, ensemble, temperature, draw=velocities)
+    path = folder / "restart.pt"
+    start = Restart.load(path) if resume and path.exists() else None
+    if start is None:
+        claim_folder(folder, overwrite=overwrite, resume=resume)
+    elif overwrite:
+        raise ValueError("either go on with the run or overwrite it (--resume, --overwrite), not both")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "ensemble": {type(ensemble).__name__: asdict(ensemble)}, "temperature_K": temperature, "steps": steps,
         "timestep_fs": timestep, "record_every": record_every, "seed": seed, **calculator.describe(),
         "model": fingerprint(calculator.potential), "velocities": velocities, "numbers": atoms.numbers.tolist(),
+        "start": start_digest(atoms, with_velocities=not velocities),
         "guard": None if guard is None else guard.to_dict(),
     }  # fmt: skip
-    path = folder / "restart.pt"
-    start = Restart.load(path) if resume and path.exists() else None
     rng = np.random.default_rng(seed)
     atoms.calc = calculator
     if start is not None:
-        start.require(settings)
+        start.require(settings, np.array_equal(start.positions, atoms.positions))
         start.apply(atoms)
     else:
-        path.unlink(missing_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
         if velocities:
             draw_velocities(atoms, temperature, rng)
     dynamics = ensemble.dynamics(atoms, timestep, temperature, rng)
@@ -225,6 +240,33 @@ def run_md(
         stopped = run.to(steps, record_every, guard.check_every or record_every if guard else record_every)
         flagged = recorder.flagged()
     return _finished(settings, recorder, ensemble, guard, watch, flagged, stopped, folder)
+
+
+FILES = ("restart.pt", "md.csv", "md.xyz", "md.h5", "flagged.h5", "md.json", "md.png")
+"""What a run leaves in its folder; ``md.png`` is the command's."""
+
+
+def claim_folder(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse a folder that holds a run.
+
+    One that was killed before it had anything to resume from may be started again with ``resume``.
+
+    Raises:
+        ValueError: naming the file that is there.
+    """
+    if resume and not (folder / "restart.pt").exists() and _hardly_begun(folder):
+        return
+    words = "--resume goes on with the run, --overwrite removes it"
+    if resume:
+        words = "the run cannot be resumed without restart.pt; --overwrite removes it"
+    claim([folder / name for name in FILES], overwrite=overwrite, otherwise=words)
+
+
+def _hardly_begun(folder: Path) -> bool:
+    """Return whether a folder holds no more than the first record of a run, or nothing."""
+    table = folder / "md.csv"
+    lines = table.read_bytes().count(b"\n") if table.is_file() else 0
+    return lines <= 2 and not (folder / "md.json").exists() and (lines > 0 or not (folder / "md.xyz").exists())
 
 
 class _Run:

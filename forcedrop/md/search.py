@@ -185,7 +185,7 @@ def force_variance(calculator: DropoutCalculator, atoms: Atoms) -> tuple[float, 
     """Return the mean variance of the force components over the samples [eV²/Å²], and its gradient [eV²/Å³], shape (N, 3)."""
     potential = calculator.potential
     finder, dtype = NeighbourFinder(potential.cutoff), potential.dtype
-    batch = batch_graphs([build_graph(Frame.from_atoms(atoms), finder, dtype)]).to(calculator.device)
+    batch = batch_graphs([build_graph(Frame.geometry(atoms), finder, dtype)]).to(calculator.device)
     graph, vec = geometry(potential, batch)
     samples = torch.arange(calculator.n_samples, device=calculator.device)
 

@@ -17,7 +17,8 @@ import numpy as np
 from ase import Atoms
 
 from forcedrop.structures.checks import BadFrames, Problem, check_frames
-from forcedrop.structures.frame import Frame
+from forcedrop.structures.frame import COMPUTED, Frame
+from forcedrop.structures.predictions import Use, settle
 from forcedrop.structures.pymatgen_io import frames_from_pymatgen
 from forcedrop.structures.store import FrameStore
 from forcedrop.units import energy_factor, length_factor
@@ -64,6 +65,7 @@ def read_checked(
     length_unit: str = "Angstrom",
     elements: Collection[int] | None = None,
     skip_bad: bool = False,
+    predictions: Use = "refuse",
 ) -> tuple[list[Frame], list[Problem]]:
     """Read several files, convert to eV and Å, and check every frame.
 
@@ -78,12 +80,15 @@ def read_checked(
         length_unit: of the files.
         elements: atomic numbers to accept; all if not given.
         skip_bad: drop bad frames instead of raising.
+        predictions: in the place of labels, as in files of dynamics: refused, dropped (where labels do not matter), or kept, that
+            is taken for labels; see ``forcedrop.structures.predictions``.
 
     Returns:
         the good frames, and the problems of those that were dropped.
 
     Raises:
         BadFrames: for bad frames, unless ``skip_bad``.
+        PredictedLabels: for predictions in the place of labels, unless ``predictions`` says otherwise.
         ValueError: if a file cannot be read, is empty, or lacks a label that was asked for; or nothing is left.
     """
     frames: list[Frame] = []
@@ -91,7 +96,7 @@ def read_checked(
         found = _read(path, keys or LabelKeys(), energy_factor(energy_unit), length_factor(length_unit))
         if not found:
             raise ValueError(f"{path} holds no structures")
-        frames += found
+        frames += settle(found, predictions)
     problems = check_frames(frames, elements=elements)
     if problems and not skip_bad:
         raise BadFrames(problems, hint="(--skip-bad, or `skip_bad: true`, drops and lists them)")
@@ -145,7 +150,8 @@ def _convert(frame: Frame, energy: float, length: float) -> Frame:
     return Frame(
         z=frame.z, pos=frame.pos * length, cell=frame.cell * length, pbc=frame.pbc,
         energy=times(frame.energy, energy), forces=times(frame.forces, energy / length),
-        stress=times(frame.stress, energy / length**3), info=frame.info, arrays=frame.arrays, source=frame.source,
+        stress=times(frame.stress, energy / length**3), info=frame.info, arrays=frame.arrays,
+        constraints=frame.constraints, source=frame.source,
     )  # fmt: skip
 
 
@@ -239,11 +245,16 @@ def _labelled(
                 labels[name] = _label(name, key, have[key], atoms)
         used = _LABELS | {keys.energy, keys.forces, keys.stress}
         core = {"numbers", "positions", *used}
+        written = atoms.info.get("constraints")
+        if isinstance(written, list):  # those of any kind, beside a column for the simple ones
+            labels["constraints"] = written
+            used = used | {"constraints"}
+        computed = {k: np.asarray(have[k]) for k in COMPUTED if k in have and np.shape(have[k]) == (len(atoms),)}
         yield Frame.from_atoms(
             atoms,
             source=f"{source}#{index}",
             info={k: v for k, v in atoms.info.items() if k not in used},
-            arrays={k: v for k, v in atoms.arrays.items() if k not in core},
+            arrays={**{k: v for k, v in atoms.arrays.items() if k not in core}, **computed},
             **labels,
         )
 

@@ -185,13 +185,14 @@ class FrameStore:
                     stress=columns["stress"][k] if columns["has_stress"][k] else None,
                     info={**origin, **text["info"]},
                     arrays={name: v for name, v in arrays.items() if not np.isnan(v).all()},
+                    constraints=text.get("constraints", []),
                     source=f"{self.path}#{low + k}",
                 )
             )
         return frames
 
     def content_hash(self) -> str:
-        """Return the sha256 of all frames in order: geometry, labels, info and arrays; not of provenance or layout."""
+        """Return the sha256 of all frames in order: all that they hold, without provenance and layout."""
         digest = hashlib.sha256()
         for frame in self:
             for values in (
@@ -207,6 +208,8 @@ class FrameStore:
             digest.update(json.dumps(frame.info, sort_keys=True).encode())
             for name in sorted(frame.arrays):
                 digest.update(name.encode() + np.ascontiguousarray(frame.arrays[name]).tobytes())
+            if frame.constraints:
+                digest.update(json.dumps(frame.constraints, sort_keys=True).encode())
         return digest.hexdigest()
 
 
@@ -326,7 +329,7 @@ def _write_rows(file: h5py.File, start: int, frames: Sequence[Frame]) -> None:
     put("stress", start, np.stack([np.zeros(6) if f.stress is None else f.stress for f in frames]))
     for name in ("energy", "forces", "stress"):
         put(f"has_{name}", start, np.array([getattr(f, name) is not None for f in frames]))
-    texts = [json.dumps({"info": f.info, "source": f.source}, default=_plain).encode() for f in frames]
+    texts = [json.dumps(_text(f), default=_plain).encode() for f in frames]
     lengths = np.array([len(t) for t in texts])
     text_first = int(file["text_ptr"][start])
     put("text", text_first, np.frombuffer(b"".join(texts), np.uint8))
@@ -334,6 +337,11 @@ def _write_rows(file: h5py.File, start: int, frames: Sequence[Frame]) -> None:
     put("ptr", start + 1, first + np.cumsum(sizes))
     if file["pos"].shape[0] != atoms:
         raise ValueError(f"positions of {file['pos'].shape[0]} atoms written, expected {atoms}")
+
+
+def _text(frame: Frame) -> dict[str, Any]:
+    constraints = {"constraints": frame.constraints} if frame.constraints else {}
+    return {"info": frame.info, "source": frame.source, **constraints}
 
 
 def _plain(value: Any) -> Any:

@@ -60,6 +60,7 @@ class DataSection(_Section):
     energy_unit: str = Field("eV", description="unit of energies in the files; npz files say their own")
     length_unit: str = Field("Angstrom", description="unit of lengths in the files")
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
+    predictions_as_labels: bool = Field(False, description="take a model's predictions, as in md.xyz, for labels")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class TrainConfig(_Section):
     output: Path = Field(description="folder for checkpoints, logs and the model")
     start: Path | None = Field(
         None,
-        description="model whose weights are the first ones (fine-tuning), of the same `model` and `dropout` rates",
+        description="model whose weights are the first ones (fine-tuning); `model` is its kind and shape, unless the file says it",
     )
     data: DataSection
     model: Network = Field(default_factory=NetworkSettings, description="`kind` of network, and its shape")

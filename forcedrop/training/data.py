@@ -83,6 +83,7 @@ def read_labelled(
         energy_unit=data.energy_unit,
         length_unit=data.length_unit,
         skip_bad=data.skip_bad,
+        predictions="keep" if data.predictions_as_labels else "refuse",
         elements=elements,
     )
 

@@ -31,19 +31,20 @@ from forcedrop.structures import Frame
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
+from forcedrop.training.output import CHECKPOINT, LOG, MODEL, claim_training, remove_training
 from forcedrop.training.parallel import World, joined, own_device
+from forcedrop.training.start import with_shape_of_start
 from forcedrop.training.validate import Errors
 from forcedrop.uncertainty.calibrate import calibrate
 from forcedrop.uncertainty.method import Labels, find_functions
 
-CHECKPOINT, MODEL, LOG = "last.pt", "model.pt", "log.csv"
 _COLUMNS = (
     "epoch", "seconds", "schedule", "train_energy_meV", "train_forces_meV_A", "val_energy_meV",
     "val_energy_meV_atom", "val_forces_meV_A", "val_stress_meV_A3", "val_loss",
 )  # fmt: skip
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> TrainedModel:
     """Train, calibrate and save a model in ``config.output``.
 
     The folder receives ``model.pt`` (the model), ``last.pt`` (to resume from), ``log.csv``, TensorBoard files and
@@ -52,14 +53,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
     Args:
         config: from ``load_config``.
         resume: go on from ``last.pt`` to the numbers of an uninterrupted training; without it, start anew.
+        overwrite: remove the training that is in ``config.output``.
 
     Raises:
         ValueError: for data or settings that cannot be used, or a checkpoint of other settings.
         TrainingDiverged: if the loss is not a number; the message names the frames.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a resumable checkpoint was written.
     """
+    config = with_shape_of_start(config, resume=resume)
     with joined(own_device(config.device)) as world, _matrix_products("high" if config.tf32 else "highest"):
-        trainer, data = _prepare(config, resume, world)
+        trainer, data = _prepare(config, resume, overwrite, world)
         _run(trainer, config, content_hash(data.split.train), resume)
         try:
             if world.first:
@@ -69,12 +72,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainedModel:
         return load_model(config.output / MODEL, trainer.device)
 
 
-def _prepare(config: TrainConfig, resume: bool, world: World) -> tuple[Trainer, Prepared]:
+def _prepare(config: TrainConfig, resume: bool, overwrite: bool, world: World) -> tuple[Trainer, Prepared]:
     """Read the data and return a trainer that is ready to start, or to go on from the checkpoint."""
     out = config.output
     state = _load_checkpoint(config) if resume else None
-    if state is None and (out / CHECKPOINT).exists():
-        raise ConfigError(f"{out} holds a training already; go on with it (--resume) or choose another `output`")
+    if state is None:
+        claim_training(config, overwrite=overwrite, resume=resume)
     data = prepare_data(config)
     if state is not None:  # its weights are all there, whatever became of the model that it started from
         config, data = (
@@ -93,6 +96,8 @@ def _prepare(config: TrainConfig, resume: bool, world: World) -> tuple[Trainer, 
     world.barrier()  # nobody writes before everybody has looked
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
+        if state is None:
+            remove_training(out)
         _write_split(out, data)
     return trainer, data
 
