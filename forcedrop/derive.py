@@ -15,6 +15,7 @@ from torch import Tensor
 
 from forcedrop.graph import Batch, pair_vectors
 from forcedrop.potential import EnergyModel, GraphInputs
+from forcedrop.potential.contract import lengths
 from forcedrop.potential.limits import with_slopes
 from forcedrop.potential.neighbours import sum_incoming
 
@@ -53,13 +54,11 @@ def geometry(potential: EnergyModel, batch: Batch) -> tuple[GraphInputs, Tensor]
     return potential.inputs(batch), pair_vectors(batch, 2 * potential.cutoff, potential.dtype)
 
 
-def repulsive_forces(potential: EnergyModel, batch: Batch) -> Tensor:
-    """Return the forces [eV/Å] of the repulsion below the network alone, shape (N, 3); zero without one."""
+def pair_forces(potential: EnergyModel, batch: Batch) -> Tensor:
+    """Return the forces [eV/Å] of the pair energies below the network alone, shape (N, 3)."""
     graph, vec = geometry(potential, batch)
-    if (repulsion := potential.repulsion) is None:
-        return vec.new_zeros(len(vec), 3)
-    r = vec.square().sum(-1).sqrt()
-    energies, steep = with_slopes(lambda r: repulsion(r, graph.species, graph.nbr, potential.cutoff), r)
+    r = lengths(vec)
+    energies, steep = with_slopes(lambda r: potential.pair_energies(r, graph), r)
     return _assemble(potential, graph, vec, batch.volume, energies, (steep / r)[..., None] * vec).forces
 
 

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import forcedrop
-from forcedrop.derive import geometry, repulsive_forces
+from forcedrop.derive import geometry, pair_forces
 from forcedrop.files import load_tensors, save_tensors
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.model import TrainedModel, load_model, save_model
@@ -32,6 +32,7 @@ from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
 from forcedrop.training.output import CHECKPOINT, LOG, MODEL, claim_training, remove_training
+from forcedrop.training.pairs import fit_baseline
 from forcedrop.training.parallel import World, joined, own_device
 from forcedrop.training.start import with_shape_of_start
 from forcedrop.training.validate import Errors
@@ -132,8 +133,9 @@ def build_potential(
     generator = torch.Generator().manual_seed(config.seed)
     pick = torch.randperm(len(graphs), generator=generator)[:64].tolist()
     batch = batch_graphs([graphs[i] for i in pick])
+    fit_baseline(potential, graphs)
     if potential.repulsion is not None and bool(batch.has_forces.any()):
-        own = (batch.forces - repulsive_forces(potential, batch))[batch.has_forces[batch.batch]]
+        own = (batch.forces - pair_forces(potential, batch))[batch.has_forces[batch.batch]]
         potential.energy_scale.copy_(own.square().mean().sqrt().clamp(min=1e-8))
     graph, vec = geometry(potential, batch)
     potential.measure(vec, graph)
