@@ -136,7 +136,9 @@ def bare(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "flag", "active", "report", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "compare", "fill", "md", "flag", "active", "report", "info"]
+)
 def test_help(command: str) -> None:
     assert "Usage" in run(command, "--help")
 
@@ -145,7 +147,7 @@ def test_scripts_are_the_same_doors(folder) -> None:
     import subprocess
     import sys
 
-    for script in ("train", "evaluate", "compare", "run_md", "flag", "active_learning", "report"):
+    for script in ("train", "evaluate", "predict", "compare", "run_md", "flag", "active_learning", "report"):
         out = subprocess.run(
             [sys.executable, f"scripts/{script}.py", "--help"], capture_output=True, text=True, check=True
         ).stdout
