@@ -127,6 +127,7 @@ def _simulate(model: TrainedModel, run: Dynamics, data: Path, samples: int, out:
     done = run_md(
         atoms, DropoutCalculator(model, n_samples=samples), out / run.name.replace(" ", "_"), ensemble=run.ensemble,
         temperature=run.temperature, steps=run.steps, timestep=run.timestep, record_every=10, threshold=threshold,
+        overwrite=True,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     print(f"\n{run.name}\n{done.summary()}")

@@ -167,6 +167,7 @@ def simulated(model: TrainedModel) -> list[Section]:
         run = run_md(
             start.copy(), calculator, folder, ensemble=ensemble, temperature=temperature, steps=600, record_every=5,
             threshold=threshold, stop_above=None if threshold is None else 10 * threshold,
+            overwrite=True,
         )  # fmt: skip
         print(run.summary())
         picture = save_figure(md_figure(run.rows, run.flagged, run.threshold), folder / "md.png")

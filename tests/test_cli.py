@@ -104,9 +104,9 @@ def test_guarded_md_and_resume(folder, tmp_path) -> None:
     assert "`guard.band.low` was 0.001, now it is 0.002" in run(*common, 20, "--resume", "--low", 0.002, code=1)
     out = run(*common, 30, *band, "--resume")
     assert "4 of 4 recorded steps are flagged" in out
-    assert "not both" in run(*common, 5, "--low", 1, "--false-flags", 1, "--false-stops", 0.1, code=1)
-    assert "give --false-flags and --false-stops together" in run(*common, 5, "--false-flags", 1, code=1)
-    out = run(*common, 5, "--false-flags", 1, "--false-stops", 0.1, code=1)
+    assert "not both" in run(*common, 5, "--overwrite", "--low", 1, "--false-flags", 1, "--false-stops", 0.1, code=1)
+    assert "give --false-flags and --false-stops together" in run(*common, 5, "--overwrite", "--false-flags", 1, code=1)
+    out = run(*common, 5, "--overwrite", "--false-flags", 1, "--false-stops", 0.1, code=1)
     assert "a level from false alarms needs at least 10 calibration frames, got 4" in out
 
 
@@ -136,7 +136,9 @@ def bare(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "flag", "active", "report", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "compare", "fill", "md", "flag", "active", "report", "info"]
+)
 def test_help(command: str) -> None:
     assert "Usage" in run(command, "--help")
 
@@ -145,7 +147,7 @@ def test_scripts_are_the_same_doors(folder) -> None:
     import subprocess
     import sys
 
-    for script in ("train", "evaluate", "compare", "run_md", "flag", "active_learning", "report"):
+    for script in ("train", "evaluate", "predict", "compare", "run_md", "flag", "active_learning", "report"):
         out = subprocess.run(
             [sys.executable, f"scripts/{script}.py", "--help"], capture_output=True, text=True, check=True
         ).stdout

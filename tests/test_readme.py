@@ -43,7 +43,7 @@ def test_python(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_commands(checkout: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("forcedrop ")]
-    assert {line.split()[1] for line in lines} == {"info", "evaluate", "md", "flag"}
+    assert {line.split()[1] for line in lines} == {"info", "evaluate", "predict", "md", "flag"}
     for line in lines:
         result = CliRunner().invoke(app, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"

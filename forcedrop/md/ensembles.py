@@ -103,15 +103,7 @@ class NPT:
     def dynamics(
         self, atoms: Atoms, timestep: float, temperature: float, rng: np.random.Generator
     ) -> MolecularDynamics:
-        """Return the integrator.
-
-        Raises:
-            ValueError: if the structure is not periodic in all directions.
-        """
-        if not atoms.pbc.all():
-            raise ValueError(
-                f"NPT needs a structure that is periodic in all directions, got pbc = {atoms.pbc.tolist()}"
-            )
+        """Return the integrator, for a structure that :func:`~forcedrop.md.start.check_start` accepts."""
         return IsotropicMTKNPT(
             atoms,
             timestep * units.fs,

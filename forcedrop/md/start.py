@@ -55,8 +55,8 @@ def check_start(atoms: Atoms, ensemble: Ensemble, temperature: float, draw: bool
         draw: whether velocities will be drawn; else the atoms must have them.
 
     Raises:
-        ValueError: for constraints that would not be obeyed, atoms none of which can move, NPT of one atom or of constrained
-            ones, or velocities that are asked for and not there.
+        ValueError: for constraints that would not be obeyed, atoms none of which can move, velocities that are asked for and not
+            there, or NPT of one atom, of constrained ones, or of what is not periodic.
     """
     unknown = sorted({type(c).__name__ for c in atoms.constraints if not isinstance(c, IN_DYNAMICS)})
     if unknown:
@@ -65,6 +65,10 @@ def check_start(atoms: Atoms, ensemble: Ensemble, temperature: float, draw: bool
             f"dynamics would not obey the constraint {', '.join(unknown)} of the start structure; take it away, or use {known}"
         )
     if isinstance(ensemble, NPT):
+        if not atoms.pbc.all():
+            raise ValueError(
+                f"NPT needs a structure that is periodic in all directions, got pbc = {atoms.pbc.tolist()}"
+            )
         if atoms.constraints:
             kinds = ", ".join(sorted({type(constraint).__name__ for constraint in atoms.constraints}))
             raise ValueError(

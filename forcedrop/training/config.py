@@ -180,7 +180,7 @@ class TrainConfig(_Section):
     output: Path = Field(description="folder for checkpoints, logs and the model")
     start: Path | None = Field(
         None,
-        description="model whose weights are the first ones (fine-tuning); `model` is its, unless the file says it",
+        description="model whose weights are the first ones (fine-tuning); its kind and shape are the default of `model`",
     )
     data: DataSection
     model: Network = Field(default_factory=NetworkSettings, description="`kind` of network, and its shape")

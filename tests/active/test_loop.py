@@ -96,7 +96,9 @@ def test_labels_are_right_and_all_different(done) -> None:
 def test_picks_come_from_their_runs_and_are_flagged(done) -> None:
     for frame in done.state.frames()[12:]:
         info, folder = frame.info, done.state.round(frame.info["round"])
-        md = {frame_key(f): f for f in read_frames(folder / "runs" / info["run"] / "md.h5")}[info["key"]]
+        md = {frame_key(f): f for f in read_frames(folder / "runs" / info["run"] / "md.h5", predictions="keep")}[
+            info["key"]
+        ]
         assert md.info["time_fs"] == info["time_fs"]
         assert md.info["max_force_sigma_eV_A"] == info["sigma_pick"]
         threshold = json.loads((folder / "explore.json").read_text())["threshold"]

@@ -147,7 +147,7 @@ def test_biased_dynamics_conserve_the_biased_energy(trained, tmp_path) -> None:
     changed = np.ptp([row["potential_eV"] for row in run.rows])
     total = np.array([row["total_eV"] for row in run.rows])
     assert np.ptp(total) < 0.02 * changed
-    frame = read_frames(tmp_path / "md.h5")[-1]
+    frame = read_frames(tmp_path / "md.h5", predictions="keep")[-1]
     assert frame.info["potential_eV"] == pytest.approx(frame.energy)
     summary = json.loads((tmp_path / "md.json").read_text())
     assert summary["settings"]["bias"] == {"strength": 2.0, "width": 3 * u, "cap": None}

@@ -52,7 +52,7 @@ def test_a_run_that_was_killed(dynamics_folder: Path, tmp_path: Path) -> None:
     """No md.json, no picture, a table ahead of the frames and torn in its last line: a page all the same."""
     folder = tmp_path / "killed"
     folder.mkdir()
-    write_frames(folder / "md.h5", read_frames(dynamics_folder / "md.h5")[:3])
+    write_frames(folder / "md.h5", read_frames(dynamics_folder / "md.h5", predictions="keep")[:3])
     rows = (dynamics_folder / "md.csv").read_text().splitlines()
     (folder / "md.csv").write_text("\n".join([*rows[:5], rows[5][:12]]))
     text = report_page(folder).read_text(encoding="utf-8")

@@ -62,7 +62,7 @@ def test_labelled_frames_exactly() -> None:
 
 
 def test_forces_of_dynamics_are_predictions(dynamics_folder: Path) -> None:
-    frames = read_frames(dynamics_folder / "md.h5")
+    frames = read_frames(dynamics_folder / "md.h5", predictions="keep")
     viewer = Viewer(frames, list(range(7, 7 + len(frames))), flagged={2, 3}, trajectory=True)
     data = viewer.dataset()
     np.testing.assert_allclose(values(data, "time"), 2 * np.arange(25))
