@@ -1,6 +1,6 @@
 """Hostile arguments for every public function and layer of ``forcedrop.dropout``: a right result, or one clear error.
 
-Input (name, index) is always the same. Clear is a ValueError, TypeError or NotImplementedError that this library raised. A result is
+Input (name, index) is always the same. Clear is a ValueError, TypeError or NotImplementedError of this library. A result is
 taken for right if nothing that came in finite goes out as NaN; other tests compare values.
 """
 
