@@ -126,7 +126,8 @@ def overlap(masks: Tensor) -> Tensor:
 def normalised(masks: Tensor, dtype: torch.dtype) -> Tensor:
     """Return masks (n, C) of kept units with the mean 1 over the n for every feature that any of them keeps."""
     kept = (masks != 0).to(dtype)
-    return kept / kept.mean(0).clamp(min=1 / masks.shape[0])
+    share = kept.mean(0)
+    return kept / torch.where(share == 0, 1, share)
 
 
 def _check_masks(masks: Tensor) -> None:

@@ -29,8 +29,8 @@ def check_number(value: Any, name: str) -> float:
     Raises:
         TypeError: if it is none, or a tensor that wants a gradient, which a number cannot pass on.
     """
-    if type(value) is float:
-        return value
+    if isinstance(value, float):  # first: the only one that torch.compile can trace
+        return float(value)
     if isinstance(value, Tensor):
         if value.dim() or value.is_complex() or value.dtype == torch.bool or value.is_meta:
             raise TypeError(f"{name} must be a number, got {shown(value)}")

@@ -30,7 +30,9 @@ from forcedrop.dropout.checks import (
 from forcedrop.dropout.site import DropoutSite
 
 NEVER = 1e6
-"""A radius beyond all pairs."""
+"""A radius beyond all pairs, and the largest cutoff and width."""
+
+_NARROWEST = 1e-6
 
 
 def smooth_step(t: Tensor) -> Tensor:
@@ -70,9 +72,10 @@ class EdgeCutDropout(DropoutSite):
         kinds = check_integer(kinds, "kinds", high=LARGEST)
         numbers = (("cutoff", cutoff), ("first", first), ("width", width))
         cutoff, first, width = (check_number(value, name) for name, value in numbers)
-        if kinds < 1 or not 0 <= first < cutoff < math.inf or not 0 < width < math.inf:
+        if kinds < 1 or not 0 <= first < cutoff <= NEVER or not _NARROWEST <= width <= NEVER:
             raise ValueError(
-                f"cuts need kinds ≥ 1, 0 ≤ first < cutoff and width > 0, got {kinds}, {first}, {cutoff}, {width}"
+                "cuts need kinds ≥ 1, 0 ≤ first < cutoff and width > 0 (1e-6 to 1e6), got"
+                f" {kinds}, {first}, {cutoff}, {width}"
             )
         self.kinds, self.cutoff, self.first, self.width = kinds, cutoff, first, width
         self.register_buffer("bank", torch.empty(0, kinds))
@@ -81,11 +84,9 @@ class EdgeCutDropout(DropoutSite):
         if name in ("cutoff", "first", "width"):
             value = check_number(value, name)
             set_so_far = {"first": 0.0, "cutoff": math.inf, **vars(self), name: value}
-            sound = (
-                0 <= set_so_far["first"] < set_so_far["cutoff"] and value < math.inf and (name != "width" or value > 0)
-            )
-            if not sound:
-                raise ValueError(f"cuts need 0 ≤ first < cutoff and width > 0, got {name} = {value}")
+            ordered = 0 <= set_so_far["first"] < set_so_far["cutoff"]
+            if not ordered or not (_NARROWEST if name == "width" else 0) <= value <= NEVER:
+                raise ValueError(f"cuts need 0 ≤ first < cutoff and width > 0 (1e-6 to 1e6), got {name} = {value}")
         super().__setattr__(name, value)
 
     @property
@@ -216,6 +217,7 @@ def edge_cut_dropout(
         TypeError: if ``r`` is not floating point.
         ValueError: if ``kind`` has another shape, or for settings that cannot be.
     """
+    check_real(r, "edge_cut_dropout")
     site = EdgeCutDropout(kinds, cutoff, check_rate(p), first=first, width=width).to(r.device).train(training)
     weights = site(r, kind, radii, generator)
     return torch.ones_like(r) if weights is None else weights

@@ -86,7 +86,7 @@ class GaussianDropout(DropoutSite):
 
     def mask(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a mask for ``x``, real, of mean 1 and variance p/(1−p)."""
-        dtype = x.dtype.to_real()
+        dtype = x.real.dtype if x.is_complex() else x.dtype
         if self._function is not None:
             shape = (1, *x.shape[1:]) if x.dim() > 1 else tuple(x.shape)
             noise = self._function.normal(self._site, shape, dtype=dtype, device=x.device)

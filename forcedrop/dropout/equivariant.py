@@ -344,6 +344,7 @@ def irreps_dropout(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Functional :class:`IrrepsDropout`."""
+    check_floating(x, "irreps_dropout")
     return IrrepsDropout(irreps, p, shared=shared).to(x.device).train(training)(x, mask, generator)
 
 

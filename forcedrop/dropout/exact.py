@@ -220,10 +220,10 @@ class ExactDropout(DropoutSite):
                 does not fit its rows.
         """
         check_floating(x, "ExactDropout")
-        check_same_dtype(x, self.weight, "ExactDropout")
         features = self.weight.shape[1]
         if x.dim() < 1 or x.shape[-1] != features:
             raise ValueError(f"ExactDropout needs {features} features on the last axis, got shape {tuple(x.shape)}")
+        check_same_dtype(x, self.weight, "ExactDropout")
         if mask is not None:
             x = x * check_mask(mask, x)
         elif self._function is not None and self.n_functions:

@@ -120,7 +120,8 @@ class NodeFeatureDropout(_IdentitySite):
             return x * check_mask(mask, x)
         if not self.active:
             return x
-        if self._function is None and generator is None and ids is None and not self.shared:
+        fresh = self._function is None and generator is None and ids is None
+        if fresh and not self.shared and not x.is_complex():
             return functional.dropout(x, self.p, training=True)
         return x * self.mask(x, generator, ids)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Self, TypedDict, Unpack
+from typing import ClassVar, NoReturn, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from forcedrop.dropout.checks import (
 )
 from forcedrop.dropout.elementwise import Dropout
 from forcedrop.dropout.masks import check_table
+from forcedrop.dropout.site import refuse_script
 
 
 class Rates(TypedDict, total=False):
@@ -111,6 +112,9 @@ class _DropoutRNN(nn.Module):
                 self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(rows, device=device, dtype=dtype)))
         self.sites = nn.ModuleList(_Sites(**rates) for _ in self._suffixes())
         self.reset_parameters()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def _suffixes(self) -> list[str]:
         directions = ("", "_reverse") if self.bidirectional else ("",)

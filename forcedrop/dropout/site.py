@@ -59,10 +59,7 @@ class DropoutSite(nn.Module):
         super().__setattr__(name, value if check is None else check(value, name))
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError(
-            f"torch.jit.script cannot compile {type(self).__name__}, whose masks and functions are Python objects: use"
-            " torch.compile, torch.export or torch.jit.trace, or torch.nn.Dropout in a network that is to be scripted"
-        )
+        refuse_script(self)
 
     @property
     def active(self) -> bool:
@@ -102,6 +99,18 @@ class DropoutSite(nn.Module):
     def extra_repr(self) -> str:
         """Say the rate."""
         return f"p={self.p}"
+
+
+def refuse_script(layer: nn.Module) -> NoReturn:
+    """Say why ``torch.jit.script`` cannot have a layer.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile {type(layer).__name__}, whose masks and functions are Python objects: use"
+        " torch.compile, torch.export or torch.jit.trace, or torch.nn.Dropout in a network that is to be scripted"
+    )
 
 
 def fresh_uniform(

@@ -396,7 +396,7 @@ def test_wrong_edges() -> None:
             call(edges, edge_shift=shift.double())
         with pytest.raises(ValueError, match=r"`ids` must have shape \(any\)"):
             call(edges, ids=edges)
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match=r"`edge_index` must lie in \[0, 3\)"):
             call(edges, ids=torch.arange(3))
     with pytest.raises(ValueError, match=rf"`edge_weight` needs {n} edges on its first axis"):
         site(edges, torch.rand(n - 1))
