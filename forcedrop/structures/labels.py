@@ -61,7 +61,8 @@ class Labelled:
         problems: what is wrong with their labels.
         notes: what a reader would like to know.
         doubts: what may be a mistake.
-        names: everything in the file that is a number and could be a label.
+        names: everything in the file that could be a label.
+        units: in which the file was read; None for forcedrop's own, which has but one.
     """
 
     frames: list[Frame]
@@ -69,6 +70,7 @@ class Labelled:
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    units: Conversion | None = None
 
 
 def labelled(raws: list[Raw], keys: LabelKeys, units: Conversion, path: str, *, arrays: bool = False) -> Labelled:
@@ -241,7 +243,7 @@ class _Reading:
         present = {what: sum(names.values()) for what, names in self.used.items()}
         parts = []
         for what, names in self.used.items():
-            plain = set(names) <= {what} and present[what] in (0, self.total)
+            plain = set(names) <= {what} and (what == "stress" or present[what] in (0, self.total))
             if names and not plain:
                 words = [
                     name if n == self.total else f"{name} ({n} of {self.total} frames)"

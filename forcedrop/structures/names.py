@@ -59,7 +59,7 @@ _LOOKS = {
     Kind.STRESS: re.compile(r"stress|viri|^vir|vir$|pressure"),
 }
 _OTHERWISE = re.compile(
-    r"std|sigma|uncert|varian|covar|ensemble|error|rmse|mae|kinetic|ekin|temperature|unit|weight|cutoff|barrier|conserved|drift"
+    r"forcedrop|std|sigma|uncert|varian|covar|ensemble|error|rmse|mae|kinetic|ekin|temperature|unit|weight|cutoff|barrier|conserved|drift"
     r"|zeropoint|zpe|gap|fermi|lumo|homo"
 )
 

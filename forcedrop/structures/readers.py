@@ -24,6 +24,7 @@ from forcedrop.structures.frame import COMPUTED, Frame
 from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
+from forcedrop.structures.plausible import questions
 from forcedrop.structures.pymatgen_io import raws_from_pymatgen
 from forcedrop.structures.store import FrameStore
 from forcedrop.structures.telling import Tell, say, settle
@@ -110,23 +111,26 @@ def read_checked(
             units, unless ``trust_units``; or nothing is left.
     """
     reading = reading or Reading(**options)
-    frames: list[Frame] = []
-    problems: list[Problem] = []
+    read: dict[Path, Labelled] = {}
     for path in map(Path, paths):
-        found = read_file(path, reading)
+        found = read[path] = read_file(path, reading)
         if not found.frames:
             raise ValueError(f"{path} holds no structures")
         if labels_needed and all(f.energy is None and f.forces is None for f in found.frames):
             raise ValueError(_no_labels(path, found.names))
-        say(found, tell)
-        frames += found.frames
-        problems += found.problems
+    problems = [problem for found in read.values() for problem in found.problems]
     named = {problem.source for problem in problems}
-    problems += check_frames([f for f in frames if f.source not in named], elements=elements)
+    whole = [f for found in read.values() for f in found.frames if f.source not in named]
+    problems += check_frames(whole, elements=elements)
     if problems and not reading.skip_bad:
         raise BadFrames(problems, hint="(--skip-bad, or `skip_bad: true`, drops and lists them)")
     bad = {problem.source for problem in problems}
-    good = [f for f in frames if f.source not in bad and f.source.rpartition("#")[0] not in bad]
+    good: list[Frame] = []
+    for path, found in read.items():
+        kept = [f for f in found.frames if f.source not in bad and str(path) not in bad]
+        _question(path, kept, found, reading)
+        say(found, tell)
+        good += kept
     if not good:
         raise BadFrames(problems, hint="nothing is left")
     return good, problems
@@ -176,6 +180,7 @@ def read_file(path: Path, reading: Reading) -> Labelled:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
+    found.units = units
     if (
         assumed
         and "energy" not in units.stated
@@ -185,6 +190,35 @@ def read_file(path: Path, reading: Reading) -> Labelled:
             f"{path} does not say its unit of energy: kcal/mol, as in sGDML files, is assumed (`energy_unit`)"
         )
     return found
+
+
+def _question(path: Path, frames: Sequence[Frame], found: Labelled, reading: Reading) -> None:
+    """Add what is strange about the numbers of a file to its doubts.
+
+    Args:
+        path: of the file.
+        frames: those of it that can be used.
+        found: what was read.
+        reading: how.
+
+    Raises:
+        ValueError: if they can hardly be in a unit that was not stated, unless ``reading`` trusts them.
+    """
+    if found.units is None:
+        return
+    refused: list[str] = []
+    doubted: set[str] = set()
+    for question in questions(frames, found.units):
+        text, stated = f"{path}: {question.text}", set(question.about) <= found.units.stated and not question.always
+        if question.grave and not stated and not reading.trust_units:
+            refused.append(text)
+            doubted |= set(question.about)
+        else:
+            found.doubts.append(text)
+    if refused:
+        options = ", ".join(f"`{name}_unit`" for name in sorted(doubted))
+        hint = f"(state the right {options}; or, if the numbers are right, `trust_units: true`, --trust-units)"
+        raise ValueError("\n".join([*refused, hint]))
 
 
 def _read_store(path: Path, reading: Reading) -> Labelled:
