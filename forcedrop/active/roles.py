@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
-from forcedrop.structures import Frame
-from forcedrop.training.data import is_isolated_atom
+from forcedrop.structures import Frame, is_isolated_atom
 
 TRAIN = "train"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -40,15 +41,13 @@ MaskSeed = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="drop and list bad frames instead of stopping")]
-EnergyKey = Annotated[str | None, typer.Option(help="name of the energy in the files")]
-ForcesKey = Annotated[str | None, typer.Option(help="name of the forces in the files")]
-StressKey = Annotated[str | None, typer.Option(help="name of the stress in the files")]
-EnergyUnit = Annotated[str, typer.Option(help="of the files: eV, meV, kcal/mol, kJ/mol, Hartree")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace output that exists")]
 PredictionsAsLabels = Annotated[
     bool, typer.Option("--predictions-as-labels", help="take a model's own predictions, as in md.xyz, for labels")
 ]
-LengthUnit = Annotated[str, typer.Option(help="of the files: Angstrom, Bohr, nm")]
+LengthUnit = Annotated[
+    str | None, typer.Option(help="of positions and cells in the files: Angstrom (default), Bohr, nm")
+]
 
 
 def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -98,24 +97,87 @@ def load(path: Path, device: str) -> Any:
     return load_model(path, pick_device(device))
 
 
+def reading_files(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of how files are read; it gets them as its argument ``reading``."""
+    options = inspect.signature(_reading, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        chosen = {name: values.pop(name) for name in options}
+        command(**values, reading=_reading(**chosen))
+
+    kept = [parameter for name, parameter in own.parameters.items() if name != "reading"]
+    parameters = [*kept, *options.values()]
+    wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def _reading(
+    skip_bad: SkipBad = False,
+    energy_key: Annotated[str | None, typer.Option(help="name of the energy in the files")] = None,
+    forces_key: Annotated[str | None, typer.Option(help="name of the forces in the files")] = None,
+    stress_key: Annotated[str | None, typer.Option(help="name of the stress in the files")] = None,
+    virial_key: Annotated[str | None, typer.Option(help="name of the virial in the files")] = None,
+    energy_unit: Annotated[
+        str | None, typer.Option(help="of the files: eV (default), meV, kcal/mol, kJ/mol, Hartree, Rydberg")
+    ] = None,
+    length_unit: LengthUnit = None,
+    forces_unit: Annotated[
+        str | None,
+        typer.Option(help="of the files; by default the energy's over the length's, over Bohr for Hartree and Rydberg"),
+    ] = None,
+    stress_unit: Annotated[
+        str | None, typer.Option(help="of the files: eV/Angstrom^3, GPa, kbar …; by default like forces, over a volume")
+    ] = None,
+    trust_units: Annotated[
+        bool, typer.Option("--trust-units", help="take numbers that can hardly be in their unit")
+    ] = False,
+) -> Any:
+    """Return how files are read; the options of every command that reads structures."""
+    from forcedrop.structures import LabelKeys, Reading
+
+    return Reading(
+        keys=LabelKeys(energy_key, forces_key, stress_key, virial_key),
+        energy_unit=energy_unit,
+        length_unit=length_unit,
+        forces_unit=forces_unit,
+        stress_unit=stress_unit,
+        skip_bad=skip_bad,
+        trust_units=trust_units,
+    )
+
+
 def read(
     files: Sequence[Path],
     model: Any,
-    keys: tuple[str | None, str | None, str | None],
-    energy_unit: str,
-    length_unit: str,
-    skip_bad: bool,
+    reading: Any,
+    *,
     predictions: Use = "refuse",
+    labels_needed: bool = False,
 ) -> Any:
-    """Read frames that the model can compute, and list what was dropped; ``predictions`` says what labels may be."""
-    from forcedrop.structures import LabelKeys, read_checked
+    """Read frames that the model can compute (any, if it is None), say how, and list what was dropped.
+
+    ``predictions`` says what labels may be, ``labels_needed`` whether there must be some.
+    """
+    from forcedrop.structures import read_checked
 
     frames, problems = read_checked(
-        files, keys=LabelKeys(*keys), energy_unit=energy_unit, length_unit=length_unit, elements=model.elements,
-        skip_bad=skip_bad, predictions=predictions,
-    )  # fmt: skip
+        files,
+        reading,
+        elements=None if model is None else model.elements,
+        labels_needed=labels_needed,
+        predictions=predictions,
+        tell=say,
+    )
     list_problems(problems)
     return frames
+
+
+def say(text: str) -> None:
+    """Print a line beside the results."""
+    typer.echo(text, err=True)
 
 
 def list_problems(problems: Sequence[Any]) -> None:

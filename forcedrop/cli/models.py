@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,24 +11,18 @@ import typer
 
 from forcedrop.cli.common import (
     Device,
-    EnergyKey,
-    EnergyUnit,
     Files,
-    ForcesKey,
-    LengthUnit,
     MaskSeed,
     Model,
     Overwrite,
     PredictionsAsLabels,
     Samples,
-    SkipBad,
-    StressKey,
     app,
     clear_errors,
-    list_problems,
     load,
     members,
     read,
+    reading_files,
     that_trains,
 )
 from forcedrop.files import claim, require_suffix
@@ -69,6 +64,7 @@ def train(
 
 @app.command()
 @clear_errors
+@reading_files
 def evaluate(
     model: Model,
     files: Files,
@@ -83,12 +79,8 @@ def evaluate(
     samples: Samples = None,
     mask_seed: MaskSeed = None,
     device: Device = "auto",
-    skip_bad: SkipBad = False,
-    energy_key: EnergyKey = None,
-    forces_key: ForcesKey = None,
-    stress_key: StressKey = None,
-    energy_unit: EnergyUnit = "eV",
-    length_unit: LengthUnit = "Angstrom",
+    *,
+    reading: Any,
 ) -> None:
     """Compare a model with labelled frames: errors, honesty of σ, plots."""
     from forcedrop.evaluation import evaluate as evaluate_frames
@@ -102,8 +94,7 @@ def evaluate(
     made = [] if output is None else [output / name for name in names]
     claim([*made, write], [*members(model), *files], overwrite=overwrite)
     loaded = load(model, device)
-    keys = (energy_key, forces_key, stress_key)
-    frames = read(files, loaded, keys, energy_unit, length_unit, skip_bad, _use(predictions_as_labels))
+    frames = read(files, loaded, reading, predictions=_use(predictions_as_labels), labels_needed=True)
     predictions = predict_frames(loaded, frames, n_samples=samples, seed=mask_seed, what="evaluate")
     result = evaluate_frames(loaded, frames, predictions=predictions)
     typer.echo(evaluation_table(result))
@@ -131,6 +122,7 @@ def evaluate(
 
 @app.command()
 @clear_errors
+@reading_files
 def compare(
     models: Annotated[
         list[str], typer.Argument(help="model files; several joined by + are a deep ensemble", show_default=False)
@@ -144,6 +136,8 @@ def compare(
     predictions_as_labels: PredictionsAsLabels = False,
     samples: Samples = None,
     device: Device = "auto",
+    *,
+    reading: Any,
 ) -> None:
     """Compare the error bars of several models, or deep ensembles of models, on the same frames."""
     from forcedrop.evaluation import compare as compare_models
@@ -161,7 +155,7 @@ def compare(
 
     def frames(path: Path) -> Any:
         use = _use(predictions_as_labels)
-        return read([path], first, (None, None, None), "eV", "Angstrom", skip_bad=False, predictions=use)
+        return read([path], first, reading, predictions=use, labels_needed=True)
 
     sets = {path.stem: frames(path) for path in test}
     held = None if calibration is None else frames(calibration)
@@ -177,6 +171,7 @@ def compare(
 
 @app.command()
 @clear_errors
+@reading_files
 def fill(
     model: Model,
     data: Annotated[
@@ -192,11 +187,8 @@ def fill(
     overwrite: Overwrite = False,
     predictions_as_labels: PredictionsAsLabels = False,
     device: Device = "auto",
-    energy_key: EnergyKey = None,
-    forces_key: ForcesKey = None,
-    stress_key: StressKey = None,
-    energy_unit: EnergyUnit = "eV",
-    length_unit: LengthUnit = "Angstrom",
+    *,
+    reading: Any,
 ) -> None:
     """Find the functions of a trained model anew: more of them, or by another method; minutes, no training."""
     from forcedrop.model import fill as fill_model
@@ -208,9 +200,8 @@ def fill(
     require_suffix(target, [".pt"])
     claim([target], [*members(model), *data, *held_out], overwrite=overwrite)
     loaded = load(model, device)
-    keys = (energy_key, forces_key, stress_key)
     use = _use(predictions_as_labels)
-    train, held = (read(files, loaded, keys, energy_unit, length_unit, False, use) for files in (data, held_out))
+    train, held = (read(files, loaded, reading, predictions=use, labels_needed=True) for files in (data, held_out))
     found = fill_model(loaded, train, held, method_of(method)(functions=functions, seed=seed))
     save_model(found, target)
     typer.echo("\n".join(describe_functions(found)))
@@ -221,9 +212,11 @@ def fill(
 
 @app.command()
 @clear_errors
+@reading_files
 def info(
     path: Annotated[Path, typer.Argument(help="a model or any file of structures", show_default=False)],
-    skip_bad: SkipBad = False,
+    *,
+    reading: Any,
 ) -> None:
     """Say what is in a model file or a file of structures."""
     from forcedrop.report import describe_frames, describe_model
@@ -233,11 +226,9 @@ def info(
 
         typer.echo(describe_model(load_model(path)))
         return
-    from forcedrop.structures import read_checked
     from forcedrop.structures.predictions import predicted
 
-    frames, problems = read_checked([path], skip_bad=skip_bad, predictions="keep")
-    list_problems(problems)
+    frames = read([path], None, replace(reading, trust_units=True), predictions="keep")
     typer.echo(describe_frames(frames))
     own = [names for names in map(predicted, frames) if names]
     if own:

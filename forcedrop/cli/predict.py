@@ -40,7 +40,7 @@ def predict(
     mask_seed: MaskSeed = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
-    length_unit: LengthUnit = "Angstrom",
+    length_unit: LengthUnit = None,
 ) -> None:
     """Predict energy [eV], forces [eV/Å], stress [eV/Å³] and their σ for structures of any file, however long.
 
@@ -62,14 +62,14 @@ def predict(
     typer.echo(f"wrote {count} frames with predictions and σ to {output}")
 
 
-def _structures(files: list[Path], length_unit: str) -> Iterator[Any]:
+def _structures(files: list[Path], length_unit: str | None) -> Iterator[Any]:
     from forcedrop.structures.streaming import structures_in
 
     for path in files:
         yield from structures_in(path, length_unit)
 
 
-def _look(files: list[Path], elements: tuple[int, ...], length_unit: str, skip_bad: bool) -> tuple[set[str], int]:
+def _look(files: list[Path], elements: tuple[int, ...], length_unit: str | None, skip_bad: bool) -> tuple[set[str], int]:
     """Check every structure before anything is computed; return the sources of bad ones, and how many are good."""
     from forcedrop.structures import BadFrames, check_frames
 

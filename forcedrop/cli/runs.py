@@ -16,12 +16,12 @@ from forcedrop.cli.common import (
     Model,
     Overwrite,
     Samples,
-    SkipBad,
     app,
     clear_errors,
     load,
     members,
     read,
+    reading_files,
     that_trains,
 )
 from forcedrop.files import claim, require_suffix, set_aside
@@ -54,6 +54,7 @@ class Criterion(StrEnum):
 
 @app.command()
 @clear_errors
+@reading_files
 def md(
     model: Model,
     structure: Annotated[Path, typer.Argument(help="file with the start structure", show_default=False)],
@@ -113,6 +114,8 @@ def md(
     seed: Annotated[int, typer.Option(help="of what is drawn: velocities and the thermostat's forces")] = 0,
     mask_seed: MaskSeed = None,
     device: Device = "auto",
+    *,
+    reading: Any,
 ) -> None:
     """Run molecular dynamics with error bars and flag the moments that the model does not know.
 
@@ -133,7 +136,7 @@ def md(
     if not (resume and (output / "restart.pt").exists()):
         claim_folder(output, overwrite=overwrite, resume=resume)
     loaded = load(model, device)
-    atoms = _start(structure, index, repeat, loaded)
+    atoms = _start(structure, index, repeat, loaded, reading)
     guard = _guard(
         loaded.calibration, (low, high), quantile, (false_flags, false_stops),
         ((check_every or record_every) * timestep, correlation_time), on_high, spacing, check_every,
@@ -152,6 +155,7 @@ def md(
 
 @app.command()
 @clear_errors
+@reading_files
 def flag(
     model: Model,
     files: Files,
@@ -177,7 +181,8 @@ def flag(
     samples: Samples = None,
     mask_seed: MaskSeed = None,
     device: Device = "auto",
-    skip_bad: SkipBad = False,
+    *,
+    reading: Any,
 ) -> None:
     """Rank the frames of any structure file or trajectory by σ and write those above a threshold, without labels of a model.
 
@@ -201,8 +206,8 @@ def flag(
     claim([output, ranking, plot], inputs, overwrite=True)
     claim([ranking, plot], inputs, overwrite=overwrite)
     loaded = load(model, device)
-    frames = read(files, loaded, (None, None, None), "eV", "Angstrom", skip_bad, predictions="drop")
-    before = read(known, loaded, (None, None, None), "eV", "Angstrom", skip_bad, predictions="drop") if known else []
+    frames = read(files, loaded, reading, predictions="drop")
+    before = read(known, loaded, reading, predictions="drop") if known else []
     flags = flag_frames(
         loaded,
         frames,
@@ -298,7 +303,7 @@ def _ensemble(ensemble: Ensemble, pressure: float | None, friction: float | None
     return NVE() if ensemble is Ensemble.nve else NPT(pressure or 0.0)
 
 
-def _start(structure: Path, index: int, repeat: tuple[int, int, int], model: Any) -> Any:
+def _start(structure: Path, index: int, repeat: tuple[int, int, int], model: Any, reading: Any) -> Any:
     """Return the atoms to start from.
 
     Raises:
@@ -307,7 +312,7 @@ def _start(structure: Path, index: int, repeat: tuple[int, int, int], model: Any
     from forcedrop.structures import BadFrames
 
     try:
-        frames = read([structure], model, (None, None, None), "eV", "Angstrom", skip_bad=False, predictions="drop")
+        frames = read([structure], model, reading, predictions="drop")
     except BadFrames as error:
         more = f" (and {len(error.problems) - 1} more problems)" if len(error.problems) > 1 else ""
         raise ValueError(f"cannot start from {error.problems[0]}{more}") from None

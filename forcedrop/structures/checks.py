@@ -57,7 +57,7 @@ def check_frames(
         if not found:
             found = [*_distances(frame, finder, min_distance)]
         problems += found
-    return problems + mixed_units(frames)
+    return problems + mixed_units(frames) + mixed_within(frames)
 
 
 def _shapes(frame: Frame) -> Iterable[Problem]:
@@ -114,6 +114,35 @@ def _distances(frame: Frame, finder: NeighborList, min_distance: float) -> Itera
         )
 
 
+_UNITS = ("eV", "kcal/mol", "kJ/mol", "Hartree", "Rydberg")
+_RATIOS = {f"{a} instead of {b}": ENERGY[a] / ENERGY[b] for a in _UNITS for b in _UNITS if a != b}
+
+
+def mixed_within(frames: Sequence[Frame]) -> list[Problem]:
+    """Return a problem for each frame whose energy looks like another unit than that of most in its file of its composition.
+
+    Compositions are compared by their shares of elements, energies per atom; the rest is as in :func:`mixed_units`.
+    """
+    groups: dict[tuple[str, tuple[tuple[int, int], ...]], list[tuple[float, Frame]]] = defaultdict(list)
+    for frame in frames:
+        if frame.energy is not None and np.isfinite(frame.energy) and len(frame.z) > 1:
+            elements, counts = np.unique(frame.z, return_counts=True)
+            shares = (counts // np.gcd.reduce(counts)).tolist()
+            key = frame.source.rpartition("#")[0], tuple(zip(elements.tolist(), shares, strict=True))
+            groups[key].append((frame.energy / len(frame.z), frame))
+    problems = []
+    for members in groups.values():
+        typical = sorted(energy for energy, _ in members)[len(members) // 2]
+        for energy, frame in members:
+            if abs(energy - typical) < 10:
+                continue
+            for words, ratio in _RATIOS.items():
+                if energy != 0 and abs(typical / energy / ratio - 1) < 0.02:
+                    text = f"is {energy:.4g} eV per atom, that of most like it in the file {typical:.4g}: {words}?"
+                    problems.append(Problem(frame.source, "energy", text))
+    return problems
+
+
 def mixed_units(frames: Sequence[Frame]) -> list[Problem]:
     """Return a problem for each file whose energies look like another unit than those of the first with the same composition.
 
@@ -124,9 +153,6 @@ def mixed_units(frames: Sequence[Frame]) -> list[Problem]:
     for frame in frames:
         if frame.energy is not None and np.isfinite(frame.energy) and len(frame.z):
             means[tuple(sorted(frame.z.tolist()))][frame.source.rpartition("#")[0]].append(frame.energy)
-    ratios = {
-        f"{a} instead of {b}": ENERGY[a] / ENERGY[b] for a in ENERGY for b in ENERGY if a != b and "meV" not in (a, b)
-    }
     problems: dict[str, Problem] = {}
     for composition, by_file in means.items():
         files = list(by_file)
@@ -135,7 +161,7 @@ def mixed_units(frames: Sequence[Frame]) -> list[Problem]:
             other = float(np.mean(by_file[file]))
             if abs(other - first) < 10 * len(composition) or first == 0:
                 continue
-            for words, ratio in ratios.items():
+            for words, ratio in _RATIOS.items():
                 if abs(first / other / ratio - 1) < 0.02:
                     text = f"energies are {other / first:.4g} times those of {files[0]}: a file in {words}?"
                     problems[file] = Problem(file, "energy", text)

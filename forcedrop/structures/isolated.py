@@ -2,44 +2,81 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
+from vesin import NeighborList
 
+from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.frame import Frame
-from forcedrop.structures.readers import read_frames
+from forcedrop.structures.labels import LabelKeys
+from forcedrop.structures.names import plain
+from forcedrop.structures.readers import Reading, read_checked
+from forcedrop.structures.telling import Tell
+
+ALONE = 5.0
+"""An atom without another one within this distance [Å] is alone, where no cutoff says more."""
+
+_SAYS_SO = {"isolatedatom", "isolatedatoms", "isoatom"}
+_SAME = 1e-3
+
+
+def is_isolated_atom(frame: Frame, cutoff: float = ALONE) -> bool:
+    """Return whether a frame is a single atom in empty space: it says where energies are counted from, and trains nothing.
+
+    It is one without periodic images, or with none within ``cutoff`` [Å], or of which the file says
+    ``config_type=IsolatedAtom``.
+    """
+    if len(frame) != 1:
+        return False
+    if not frame.pbc.any() or plain(str(frame.info.get("config_type", ""))) in _SAYS_SO:
+        return True
+    finder = NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
+    box = complete_cell(frame.cell, frame.pbc)
+    return len(finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="d")[0]) == 0
 
 
 def isolated_energies(
-    frames: Sequence[Frame], given: Mapping[str, float] | Path | str | None = None
+    frames: Sequence[Frame],
+    given: Mapping[str, float] | Mapping[int, float] | Mapping[str | int, float] | Path | str | None = None,
+    *,
+    reading: Reading | None = None,
+    cutoff: float = ALONE,
+    tell: Tell | None = None,
 ) -> tuple[dict[int, float], str]:
     """Return the energy of each isolated atom [eV] by atomic number, and a word on where they come from.
 
     Args:
         frames: labelled structures; every element in them gets an energy.
-        given: energies by chemical symbol, or a file of single atoms. Without it single-atom frames among ``frames`` are used
-            if they cover all elements; else a least-squares fit of the energies on the compositions, of minimum norm, which
-            for one composition determines the sum only.
+        given: energies by chemical symbol or atomic number, or a file of single atoms. Without it single-atom frames among
+            ``frames`` are used if they cover all elements; else a least-squares fit of the energies on the compositions, of
+            minimum norm, which for one composition determines the sum only.
+        reading: names and units of the file, and the unit of energies that are given; by default eV.
+        cutoff: an atom without a periodic image nearer than this is isolated [Å].
+        tell: gets what is worth knowing about how the file was read.
 
     Raises:
-        ValueError: if ``given`` lacks an element, or names an unknown one.
+        ValueError: if ``given`` lacks an element, names an unknown one, or holds no number; if two single-atom frames of one
+            element have different energies.
     """
     needed = sorted({int(z) for frame in frames for z in frame.z})
+    reading = reading or Reading()
     if given is not None:
         if isinstance(given, Mapping):
-            unknown = [symbol for symbol in given if symbol not in atomic_numbers]
-            if unknown:
-                raise ValueError(f"isolated-atom energies: {unknown[0]!r} is no chemical symbol")
-            energies, origin = {atomic_numbers[s]: float(e) for s, e in given.items()}, "given"
+            energies, origin = _given(given, reading), "given"
         else:
-            energies, origin = _singles(read_frames(given)), f"from {Path(given).name}"
+            own = replace(reading, keys=LabelKeys(energy=reading.keys.energy))
+            found = read_checked([given], own, labels_needed=True, tell=tell)[0]
+            energies, origin = _singles(found, cutoff), f"from {Path(given).name}"
         missing = [chemical_symbols[z] for z in needed if z not in energies]
         if missing:
             raise ValueError(f"isolated-atom energies ({origin}) lack {', '.join(missing)}")
         return {z: energies[z] for z in needed}, origin
-    singles = _singles(frames)
+    singles = _singles(frames, cutoff)
     if singles and all(z in singles for z in needed):
         return {z: singles[z] for z in needed}, "from single-atom frames"
     labelled = [f for f in frames if f.energy is not None]
@@ -50,5 +87,46 @@ def isolated_energies(
     return dict(zip(needed, fitted.tolist(), strict=True)), "fitted to the compositions"
 
 
-def _singles(frames: Sequence[Frame]) -> dict[int, float]:
-    return {int(f.z[0]): f.energy for f in frames if len(f) == 1 and f.energy is not None and not f.pbc.any()}
+def _given(
+    given: Mapping[str, float] | Mapping[int, float] | Mapping[str | int, float], reading: Reading
+) -> dict[int, float]:
+    """Return energies [eV] by atomic number from those by symbol or number, in the unit of ``reading``."""
+    factor = reading.units.conversion().energy.factor
+    found: dict[int, float] = {}
+    for key, energy in given.items():
+        z = _element(key)
+        if isinstance(energy, bool) or not isinstance(energy, int | float | np.number) or not math.isfinite(energy):
+            raise ValueError(f"isolated-atom energies: that of {key} must be a number, got {energy!r}")
+        if z in found:
+            raise ValueError(f"isolated-atom energies: {chemical_symbols[z]} is given twice")
+        found[z] = float(energy) * factor
+    return found
+
+
+def _element(key: object) -> int:
+    text = str(key).strip()
+    if text in atomic_numbers and text != "X":
+        return int(atomic_numbers[text])
+    if not isinstance(key, bool) and text.isdecimal() and 1 <= int(text) < len(chemical_symbols):
+        return int(text)
+    raise ValueError(f"isolated-atom energies: {key!r} is no chemical symbol and no atomic number")
+
+
+def _singles(frames: Sequence[Frame], cutoff: float) -> dict[int, float]:
+    """Return the energies of isolated atoms among frames [eV].
+
+    Raises:
+        ValueError: if two of one element differ.
+    """
+    found: dict[int, Frame] = {}
+    for frame in frames:
+        if frame.energy is None or not is_isolated_atom(frame, cutoff):
+            continue
+        z = int(frame.z[0])
+        other = found.setdefault(z, frame)
+        if other.energy is not None and abs(other.energy - frame.energy) > _SAME:
+            raise ValueError(
+                f"two energies of an isolated {chemical_symbols[z]}: {other.energy:.6g} eV ({other.source}) and "
+                f"{frame.energy:.6g} eV ({frame.source}); leave one, or give `isolated_atoms`"
+            )
+    return {z: float(frame.energy or 0.0) for z, frame in found.items()}

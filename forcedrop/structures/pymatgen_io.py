@@ -7,32 +7,43 @@ from typing import Any
 
 import numpy as np
 
+from forcedrop.structures.conversion import Conversion
 from forcedrop.structures.frame import Frame
-from forcedrop.units import GPA
+from forcedrop.structures.labels import LabelKeys, Raw, labelled
+from forcedrop.structures.telling import settle
 
-_STRESS_UNITS = {"eV/A^3": 1.0, "GPa": GPA, "kBar": GPA / 10}
+_CARRIED = {"magmom": "magmoms", "charge": "charges"}
 
 
-def frames_from_pymatgen(items: Sequence[Any], source: str = "<memory>") -> list[Frame]:
+def frames_from_pymatgen(items: Sequence[Any], source: str = "<memory>", keys: LabelKeys | None = None) -> list[Frame]:
     """Return frames from pymatgen objects, or from their dictionaries as written by ``as_dict``.
 
-    Each item is a ``Structure`` or ``Molecule`` (labels in ``properties`` ``energy`` and ``stress`` and in the site property
-    ``forces``), or a dictionary with ``structure`` (or ``molecule``) and ``energy`` [eV], ``forces`` [eV/Å], ``stress``.
-    ``stress`` is 3×3 or Voigt 6 in ASE's sign (positive under tension), in ``stress_unit``: eV/A^3 (default), GPa or kBar.
-    VASP prints the opposite sign.
+    Each item is a ``Structure`` or ``Molecule`` with labels in its ``properties`` and site properties, or a dictionary with
+    ``structure`` (or ``molecule``) and labels beside it: energy [eV], forces [eV/Å], stress or virial, under the names of
+    :mod:`forcedrop.structures.names`. ``stress`` is in ASE's sign (positive under tension), in the item's ``stress_unit``:
+    eV/Angstrom^3 (default), GPa, kbar … VASP prints the opposite sign. ``selective_dynamics`` become constraints.
 
     Raises:
-        ValueError: naming the item that is none of these, or a site that is not one element.
+        ValueError: naming the item that is none of these, or a site that is not one element; for a label of a wrong shape.
     """
-    return [_frame(item, f"{source}#{index}") for index, item in enumerate(items)]
+    return settle(labelled(raws_from_pymatgen(items, source), keys or LabelKeys(), Conversion(), source))
 
 
-def _frame(item: Any, source: str) -> Frame:
+def raws_from_pymatgen(items: Sequence[Any], source: str) -> list[Raw]:
+    """Return structures with everything in them that could be a label.
+
+    Raises:
+        ValueError: naming the item that is no structure, or a site that is not one element.
+    """
+    return [_raw(item, f"{source}#{index}") for index, item in enumerate(items)]
+
+
+def _raw(item: Any, source: str) -> Raw:
     from pymatgen.core.structure import IMolecule, IStructure, Molecule, Structure
 
-    labels: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     if isinstance(item, dict) and ("structure" in item or "molecule" in item):
-        labels = {k: v for k, v in item.items() if k not in ("structure", "molecule")}
+        beside = {k: v for k, v in item.items() if k not in ("structure", "molecule")}
         item = item.get("structure", item.get("molecule"))
     if isinstance(item, dict) and "sites" in item:
         item = Structure.from_dict(item) if "lattice" in item else Molecule.from_dict(item)
@@ -40,27 +51,45 @@ def _frame(item: Any, source: str) -> Frame:
         raise ValueError(f"{source}: not a pymatgen Structure or Molecule, nor one's dictionary: {type(item).__name__}")
     if not item.is_ordered:
         raise ValueError(f"{source}: a site is occupied by more than one element; order the structure first")
-    labels = {**(item.properties or {}), **labels}
-    if "forces" in item.site_properties:
-        labels.setdefault("forces", item.site_properties["forces"])
     cell, pbc = np.zeros((3, 3)), (False, False, False)
     if isinstance(item, IStructure):
         cell, pbc = item.lattice.matrix, item.pbc
-    stress = labels.get("stress")
-    return Frame(
+    sites = dict(item.site_properties)
+    frame = Frame(
         z=np.array([site.specie.Z for site in item], dtype=np.int64),
         pos=np.asarray(item.cart_coords, dtype=np.float64),
         cell=np.asarray(cell, dtype=np.float64),
         pbc=np.asarray(pbc, dtype=bool),
-        energy=None if labels.get("energy") is None else float(labels["energy"]),
-        forces=None if labels.get("forces") is None else np.asarray(labels["forces"], dtype=np.float64),
-        stress=None if stress is None else _voigt(stress, labels.get("stress_unit", "eV/A^3"), source),
+        arrays=_carried(sites),
+        constraints=_held(sites.get("selective_dynamics")),
         source=source,
     )
+    values = {**sites, **(item.properties or {}), **beside}
+    return Raw(frame, values, values.get("stress_unit"))
 
 
-def _voigt(stress: Any, unit: str, source: str) -> np.ndarray:
-    if unit not in _STRESS_UNITS:
-        raise ValueError(f"{source}: unknown stress_unit {unit!r}; known are {', '.join(_STRESS_UNITS)}")
-    array = np.asarray(stress, dtype=np.float64) * _STRESS_UNITS[unit]
-    return array.reshape(9)[[0, 4, 8, 5, 2, 1]] if array.size == 9 else array
+def _carried(sites: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return magnetic moments and charges, where each site has its number."""
+    found = {}
+    for theirs, ours in _CARRIED.items():
+        values = sites.get(theirs)
+        if values is not None and all(isinstance(value, int | float) for value in values):
+            found[ours] = np.asarray(values, dtype=np.float64)
+    return found
+
+
+def _held(moves: Any) -> list[dict[str, Any]]:
+    """Return constraints from VASP's selective dynamics: for each site, along which cell vectors it moves."""
+    if moves is None:
+        return []
+    held: dict[tuple[bool, ...], list[int]] = {}
+    for index, free in enumerate(moves):
+        mask = (False,) * 3 if free is None else tuple(not bool(x) for x in free)
+        if any(mask):
+            held.setdefault(mask, []).append(index)
+    return [
+        {"name": "FixAtoms", "kwargs": {"indices": atoms}}
+        if all(mask)
+        else {"name": "FixScaled", "kwargs": {"a": atoms, "mask": list(mask)}}
+        for mask, atoms in held.items()
+    ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sqlite3
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,53 @@ import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms
+from ase.io.extxyz import key_val_str_to_dict
 
 from forcedrop.structures.checks import BadFrames, Problem, check_frames
+from forcedrop.structures.conversion import Conversion, Units
 from forcedrop.structures.frame import COMPUTED, Frame
-from forcedrop.structures.predictions import Use, settle
-from forcedrop.structures.pymatgen_io import frames_from_pymatgen
+from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
+from forcedrop.structures.names import Kind, meaning
+from forcedrop.structures.npz import ASSUMED, read_arrays
+from forcedrop.structures.plausible import questions
+from forcedrop.structures.pymatgen_io import raws_from_pymatgen
 from forcedrop.structures.store import FrameStore
-from forcedrop.units import energy_factor, length_factor
-
-VOIGT_FROM_9 = (0, 4, 8, 5, 2, 1)
+from forcedrop.structures.telling import Tell, say, settle
 
 
 @dataclass(frozen=True)
-class LabelKeys:
-    """Names of the labels in a file; where one is None the candidates below are tried in order.
+class Reading:
+    """How files are read: names of the labels, units, and what becomes of what looks wrong.
 
-    ``REF_energy``, ASE's own ``energy``, ``dft_energy``; ``REF_forces``, ``forces``, ``force``, ``dft_forces``; ``REF_stress``,
-    ``stress``, ``dft_stress``, and ``REF_virial``, ``virial``, ``virials``, ``dft_virial`` (energies; stress = −virial/volume).
+    Attributes:
+        keys: names of the labels; where one is not given, those that codes and packages use are looked for.
+        energy_unit: of energies and virials; by default eV (npz: what the file says, or kcal/mol).
+        length_unit: of positions and cells; by default Å.
+        forces_unit: by default the energy's over the length's; over Bohr for Hartree and Rydberg.
+        stress_unit: by default the energy's over the length's cubed; over Bohr³ for Hartree and Rydberg.
+        skip_bad: drop bad frames instead of raising.
+        trust_units: take numbers that can hardly be in their unit, with a word.
     """
 
-    energy: str | None = None
-    forces: str | None = None
-    stress: str | None = None
+    keys: LabelKeys = field(default_factory=LabelKeys)
+    energy_unit: str | None = None
+    length_unit: str | None = None
+    forces_unit: str | None = None
+    stress_unit: str | None = None
+    skip_bad: bool = False
+    trust_units: bool = False
 
+    def __post_init__(self) -> None:
+        _ = self.units  # says what is wrong
 
-_CANDIDATES = {
-    "energy": ("REF_energy", "energy", "dft_energy"),
-    "forces": ("REF_forces", "forces", "force", "dft_forces"),
-    "stress": ("REF_stress", "stress", "dft_stress", "REF_virial", "virial", "virials", "dft_virial"),
-}
-_LABELS = {name for names in _CANDIDATES.values() for name in names} | {"free_energy", "energies", "stresses"}
+    @property
+    def units(self) -> Units:
+        """The units that were stated.
+
+        Raises:
+            ValueError: if one is not known.
+        """
+        return Units(self.energy_unit, self.length_unit, self.forces_unit, self.stress_unit)
 
 
 def read_frames(path: str | Path, **options: Any) -> list[Frame]:
@@ -59,49 +77,60 @@ def read_frames(path: str | Path, **options: Any) -> list[Frame]:
 
 def read_checked(
     paths: Sequence[str | Path],
+    reading: Reading | None = None,
     *,
-    keys: LabelKeys | None = None,
-    energy_unit: str = "eV",
-    length_unit: str = "Angstrom",
     elements: Collection[int] | None = None,
-    skip_bad: bool = False,
-    predictions: Use = "refuse",
+    labels_needed: bool = False,
+    tell: Tell | None = None,
+    **options: Any,
 ) -> tuple[list[Frame], list[Problem]]:
     """Read several files, convert to eV and Å, and check every frame.
 
     Formats by suffix: ``.xyz .extxyz`` (extended XYZ), ``.traj``, ``.db`` (ASE), ``.json .json.gz`` (pymatgen, or an ASE
-    database), ``.npz`` (sGDML: kcal/mol and Å unless it says otherwise), ``.h5 .hdf5`` (forcedrop's own), else whatever
+    database), ``.npz`` (sGDML: kcal/mol and Å unless it or you say otherwise), ``.h5 .hdf5`` (forcedrop's own), else whatever
     ``ase.io.read`` makes of it.
+
+    A stress or virial of a frame without a periodic direction, or without a volume, does not count: there is no stress to
+    compare it with. That of a slab or a wire counts where its cell has three vectors, per volume of that cell.
 
     Args:
         paths: the files.
-        keys: names of the labels.
-        energy_unit: of the files; own stores and npz files know theirs.
-        length_unit: of the files.
+        reading: names, units, and what becomes of bad frames.
         elements: atomic numbers to accept; all if not given.
-        skip_bad: drop bad frames instead of raising.
-        predictions: in the place of labels, as in files of dynamics: refused, dropped (where labels do not matter), or kept, that
-            is taken for labels; see ``forcedrop.structures.predictions``.
+        labels_needed: refuse a file in which no frame has an energy or forces.
+        tell: gets each line on names and units that were read, and on what may be a mistake; without it the latter are
+            warnings.
+        options: fields of :class:`Reading`, instead of ``reading``.
 
     Returns:
         the good frames, and the problems of those that were dropped.
 
     Raises:
         BadFrames: for bad frames, unless ``skip_bad``.
-        PredictedLabels: for predictions in the place of labels, unless ``predictions`` says otherwise.
-        ValueError: if a file cannot be read, is empty, or lacks a label that was asked for; or nothing is left.
+        ValueError: if a file cannot be read, is empty, or lacks a label that was asked for; if its numbers can hardly be in their
+            units, unless ``trust_units``; or nothing is left.
     """
-    frames: list[Frame] = []
+    reading = reading or Reading(**options)
+    read: dict[Path, Labelled] = {}
     for path in map(Path, paths):
-        found = _read(path, keys or LabelKeys(), energy_factor(energy_unit), length_factor(length_unit))
-        if not found:
+        found = read[path] = read_file(path, reading)
+        if not found.frames:
             raise ValueError(f"{path} holds no structures")
-        frames += settle(found, predictions)
-    problems = check_frames(frames, elements=elements)
-    if problems and not skip_bad:
+        if labels_needed and all(f.energy is None and f.forces is None for f in found.frames):
+            raise ValueError(_no_labels(path, found.names))
+    problems = [problem for found in read.values() for problem in found.problems]
+    named = {problem.source for problem in problems}
+    whole = [f for found in read.values() for f in found.frames if f.source not in named]
+    problems += check_frames(whole, elements=elements)
+    if problems and not reading.skip_bad:
         raise BadFrames(problems, hint="(--skip-bad, or `skip_bad: true`, drops and lists them)")
     bad = {problem.source for problem in problems}
-    good = [f for f in frames if f.source not in bad and f.source.rpartition("#")[0] not in bad]
+    good: list[Frame] = []
+    for path, found in read.items():
+        kept = [f for f in found.frames if f.source not in bad and str(path) not in bad]
+        _question(path, kept, found, reading)
+        say(found, tell)
+        good += kept
     if not good:
         raise BadFrames(problems, hint="nothing is left")
     return good, problems
@@ -111,24 +140,30 @@ def frames_from_atoms(images: Iterable[Atoms], keys: LabelKeys | None = None, so
     """Return frames from ASE atoms, with the labels found in their calculator, ``info`` and ``arrays``.
 
     Raises:
-        ValueError: if a label that ``keys`` names is in none of them.
+        ValueError: if a label that ``keys`` names is in none of them, or is no label.
     """
-    return _from_atoms(list(images), keys or LabelKeys(), source)
+    return settle(labelled(_from_atoms(list(images), source), keys or LabelKeys(), Conversion(), source))
 
 
-def _read(path: Path, keys: LabelKeys, energy: float, length: float) -> list[Frame]:
+def read_file(path: Path, reading: Reading) -> Labelled:
+    """Read one file as ``reading`` says; nothing is checked but names, shapes and units of labels.
+
+    Raises:
+        ValueError: if the file cannot be read, lacks a label that was asked for, or says other units than ``reading``.
+    """
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     suffix = path.name.lower().removesuffix(".gz")
     suffix = suffix[suffix.rfind(".") :]
     if suffix in (".h5", ".hdf5"):
-        with FrameStore(path) as store:
-            return list(store)
-    reader = {".db": _read_ase_db, ".json": _read_json}.get(suffix, _read_ase)
+        return _read_store(path, reading)
+    own, assumed = Units(), {}
     try:
         if suffix == ".npz":
-            return read_npz(path, None if energy == 1.0 else energy, None if length == 1.0 else length)
-        frames = reader(path, keys)
+            raws, own = read_arrays(path, _asked(reading.keys))
+            assumed = ASSUMED
+        else:
+            raws = {".db": _read_ase_db, ".json": _read_json}.get(suffix, _read_ase)(path)
     except (
         ValueError,
         KeyError,
@@ -140,137 +175,139 @@ def _read(path: Path, keys: LabelKeys, energy: float, length: float) -> list[Fra
     ) as error:
         message = str(error) if str(path) in str(error) else f"cannot read {path}: {type(error).__name__}: {error}"
         raise ValueError(message) from error
-    return [_convert(f, energy, length) for f in frames] if (energy, length) != (1.0, 1.0) else frames
+    try:
+        units = reading.units.conversion(own, assumed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
+    found.units = units
+    if (
+        assumed
+        and "energy" not in units.stated
+        and any(f.energy is not None or f.forces is not None for f in found.frames)
+    ):
+        found.doubts.append(
+            f"{path} does not say its unit of energy: kcal/mol, as in sGDML files, is assumed (`energy_unit`)"
+        )
+    return found
 
 
-def _convert(frame: Frame, energy: float, length: float) -> Frame:
-    def times(values: Any, factor: float) -> Any:
-        return None if values is None else values * factor
+def _question(path: Path, frames: Sequence[Frame], found: Labelled, reading: Reading) -> None:
+    """Add what is strange about the numbers of a file to its doubts.
 
-    return Frame(
-        z=frame.z, pos=frame.pos * length, cell=frame.cell * length, pbc=frame.pbc,
-        energy=times(frame.energy, energy), forces=times(frame.forces, energy / length),
-        stress=times(frame.stress, energy / length**3), info=frame.info, arrays=frame.arrays,
-        constraints=frame.constraints, source=frame.source,
-    )  # fmt: skip
+    Args:
+        path: of the file.
+        frames: those of it that can be used.
+        found: what was read.
+        reading: how.
+
+    Raises:
+        ValueError: if they can hardly be in a unit that was not stated, unless ``reading`` trusts them.
+    """
+    if found.units is None:
+        return
+    refused: list[str] = []
+    doubted: set[str] = set()
+    for question in questions(frames, found.units):
+        text, stated = f"{path}: {question.text}", set(question.about) <= found.units.stated and not question.always
+        if question.grave and not stated and not reading.trust_units:
+            refused.append(text)
+            doubted |= set(question.about)
+        else:
+            found.doubts.append(text)
+    if refused:
+        options = ", ".join(f"`{name}_unit`" for name in sorted(doubted))
+        hint = f"(state the right {options}; or, if the numbers are right, `trust_units: true`, --trust-units)"
+        raise ValueError("\n".join([*refused, hint]))
 
 
-def _read_ase(path: Path, keys: LabelKeys) -> list[Frame]:
+def _read_store(path: Path, reading: Reading) -> Labelled:
+    with FrameStore(path) as store:
+        frames = list(store)
+    names = sorted({name for frame in frames for name in (*frame.info, *frame.arrays)})
+    lost = [frame for frame in frames if frame.stress is not None and not (frame.pbc.any() and frame.volume > 0)]
+    found = Labelled([replace(f, stress=None) if f in lost else f for f in frames] if lost else frames, names=names)
+    if lost:
+        found.doubts.append(f"{path}: stress of {len(lost)} frames without a periodic cell does not count")
+    if any(
+        value not in (None, "eV", "Angstrom", "eV/Angstrom", "eV/Angstrom^3") for value in vars(reading.units).values()
+    ):
+        found.notes.append(f"{path} is forcedrop's own, in eV and Å; the units that you give are not for it")
+    return found
+
+
+def _asked(keys: LabelKeys) -> dict[str, Kind]:
+    """Return the names of arrays that were asked for, and what they are."""
+    found = {keys.energy: Kind.ENERGY, keys.forces: Kind.FORCES, keys.virial: Kind.VIRIAL}
+    if keys.stress is not None:
+        found[keys.stress] = meaning(keys.stress, arrays=True) or Kind.STRESS
+    return {name: kind for name, kind in found.items() if name is not None}
+
+
+def _no_labels(path: Path, names: Sequence[str]) -> str:
+    return (
+        f"{path}: no frame has an energy or forces under a known name; it has {', '.join(names) or 'nothing but structures'}; "
+        "say which they are (`energy_key`, `forces_key`, `stress_key`, `virial_key`)"
+    )
+
+
+def _read_ase(path: Path) -> list[Raw]:
     is_xyz = path.name.lower().removesuffix(".gz").endswith((".xyz", ".extxyz"))
     if path.stat().st_size == 0:
         return []
-    images: Any = ase.io.read(path, index=":", format="extxyz" if is_xyz else None)
-    return _from_atoms(images, keys, str(path))
+    how: dict[str, Any] = {"format": "extxyz", "properties_parser": _comment} if is_xyz else {}
+    images: Any = ase.io.read(path, index=":", **how)
+    return _from_atoms(images, str(path))
 
 
-def _read_ase_db(path: Path, keys: LabelKeys) -> list[Frame]:
+def _comment(line: str) -> dict[str, Any]:
+    """Read the comment line of an extended XYZ file; a stress or virial of six numbers, which ASE refuses, is left as it is."""
+    try:
+        return dict(key_val_str_to_dict(line))
+    except ValueError:
+        hidden = _TENSOR.sub(lambda found: f"{found[1]}{_HIDDEN}{found[2]}=", line)
+        values = key_val_str_to_dict(hidden)
+        return {name.removeprefix(_HIDDEN): value for name, value in values.items()}
+
+
+_HIDDEN = "forcedrop-"
+_TENSOR = re.compile(r"(^|\s)(stress|virial)\s*=")
+
+
+def _read_ase_db(path: Path) -> list[Raw]:
     with ase.db.connect(path) as database:
-        images = [row.toatoms(add_additional_information=True) for row in database.select()]
-    for atoms in images:
-        extra = atoms.info.pop("key_value_pairs", {})
-        atoms.info.pop("data", None)
-        atoms.info.pop("unique_id", None)
-        atoms.info.update(extra)
-    return _from_atoms(images, keys, str(path))
+        rows = [(row.toatoms(), dict(row.key_value_pairs), dict(row.data)) for row in database.select()]
+    for atoms, pairs, data in rows:
+        atoms.info = {**data, **pairs}
+    raws = _from_atoms([atoms for atoms, *_ in rows], str(path))
+    for raw, (_, pairs, _) in zip(raws, rows, strict=True):
+        raw.frame.info.clear()
+        raw.frame.info.update(pairs)
+    return raws
 
 
-def _read_json(path: Path, keys: LabelKeys) -> list[Frame]:
+def _read_json(path: Path) -> list[Raw]:
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as stream:
         values = json.load(stream)
     if isinstance(values, dict) and "ids" in values:
-        return _read_ase_db(path, keys)
-    return frames_from_pymatgen(values if isinstance(values, list) else [values], source=str(path))
+        return _read_ase_db(path)
+    return raws_from_pymatgen(values if isinstance(values, list) else [values], source=str(path))
 
 
-def read_npz(path: Path, energy: float | None = None, length: float | None = None) -> list[Frame]:
-    """Read an sGDML-style file with arrays ``R`` (n, N, 3), ``z`` (N,), and ``E``, ``F`` where present.
-
-    Units are those the file states in ``e_unit`` and ``r_unit``, else the factors given, else kcal/mol and Å, which is what
-    sGDML and rMD17 files use.
-
-    Raises:
-        ValueError: if an array is missing or shapes do not fit.
-    """
-    with np.load(path, allow_pickle=False) as file:
-        data = {name: file[name] for name in file.files}
-    names = {
-        "R": ("R", "coords"),
-        "z": ("z", "nuclear_charges"),
-        "E": ("E", "energies"),
-        "F": ("F", "forces"),
-    }
-    found = {k: next((data[n] for n in alternatives if n in data), None) for k, alternatives in names.items()}
-    pos, z = found["R"], found["z"]
-    if pos is None or z is None:
-        raise ValueError(f"{path} needs the arrays R (positions) and z (atomic numbers); it has {', '.join(data)}")
-    if pos.ndim != 3 or pos.shape[1:] != (len(z), 3):
-        raise ValueError(f"{path}: R must have shape (n, {len(z)}, 3), got {pos.shape}")
-    e = energy_factor(str(data["e_unit"])) if "e_unit" in data else (energy or energy_factor("kcal/mol"))
-    r = length_factor(str(data["r_unit"])) if "r_unit" in data else (length or 1.0)
-    energies, forces = found["E"], found["F"]
-    for name, array in (("E", energies), ("F", forces)):
-        if array is not None and len(array) != len(pos):
-            raise ValueError(f"{path}: {name} has {len(array)} entries, R has {len(pos)}")
-    return [
-        Frame(
-            z=z.astype(np.int64), pos=pos[i].astype(float) * r, cell=np.zeros((3, 3)), pbc=np.zeros(3, bool),
-            energy=None if energies is None else float(np.ravel(energies)[i]) * e,
-            forces=None if forces is None else forces[i].astype(float) * (e / r),
-            source=f"{path}#{i}",
-        )
-        for i in range(len(pos))
-    ]  # fmt: skip
+def _from_atoms(images: Sequence[Atoms], source: str) -> list[Raw]:
+    return [_raw(atoms, f"{source}#{index}") for index, atoms in enumerate(images)]
 
 
-def _from_atoms(images: Sequence[Atoms], keys: LabelKeys, source: str) -> list[Frame]:
-    values = [_available(atoms) for atoms in images]
-    for name in ("energy", "forces", "stress"):
-        asked = getattr(keys, name)
-        if asked is not None and images and not any(asked in v for v in values):
-            have = sorted({key for v in values for key in v})
-            raise ValueError(f"{source} has no {name} label {asked!r} in any frame; it has {', '.join(have) or 'none'}")
-    return list(_labelled(images, values, keys, source))
-
-
-def _labelled(
-    images: Sequence[Atoms], values: Sequence[dict[str, Any]], keys: LabelKeys, source: str
-) -> Iterator[Frame]:
-    for index, (atoms, have) in enumerate(zip(images, values, strict=True)):
-        labels: dict[str, Any] = {}
-        for name, candidates in _CANDIDATES.items():
-            asked = getattr(keys, name)
-            key = next((k for k in ((asked,) if asked else candidates) if k in have), None)
-            if key is not None:
-                labels[name] = _label(name, key, have[key], atoms)
-        used = _LABELS | {keys.energy, keys.forces, keys.stress}
-        core = {"numbers", "positions", *used}
-        written = atoms.info.get("constraints")
-        if isinstance(written, list):  # those of any kind, beside a column for the simple ones
-            labels["constraints"] = written
-            used = used | {"constraints"}
-        computed = {k: np.asarray(have[k]) for k in COMPUTED if k in have and np.shape(have[k]) == (len(atoms),)}
-        yield Frame.from_atoms(
-            atoms,
-            source=f"{source}#{index}",
-            info={k: v for k, v in atoms.info.items() if k not in used},
-            arrays={**{k: v for k, v in atoms.arrays.items() if k not in core}, **computed},
-            **labels,
-        )
-
-
-def _available(atoms: Atoms) -> dict[str, Any]:
-    """Return everything that could be a label: the calculator's results, ``info`` and ``arrays``."""
+def _raw(atoms: Atoms, source: str) -> Raw:
     results = atoms.calc.results if atoms.calc is not None else {}
-    return {**atoms.arrays, **results, **atoms.info}
-
-
-def _label(name: str, key: str, value: Any, atoms: Atoms) -> Any:
-    if name == "energy":
-        return float(value)
-    array = np.asarray(value, dtype=np.float64)
-    if name == "forces":
-        return array
-    if "virial" in key:
-        array = -array / atoms.get_volume()
-    return array.reshape(9)[list(VOIGT_FROM_9)] if array.size == 9 else array
+    computed = {k: np.asarray(results[k]) for k in COMPUTED if np.shape(results.get(k, 0.0)) == (len(atoms),)}
+    written = atoms.info.get("constraints")  # those of any kind, beside a column for the simple ones
+    frame = Frame.from_atoms(
+        atoms,
+        source=source,
+        info={k: v for k, v in atoms.info.items() if k != "constraints"},
+        arrays={**{k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}, **computed},
+        constraints=written if isinstance(written, list) else None,
+    )
+    return Raw(frame, {**atoms.arrays, **results, **atoms.info})

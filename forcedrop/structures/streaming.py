@@ -12,7 +12,7 @@ import ase.io
 from ase import Atoms
 
 from forcedrop.structures.frame import Frame
-from forcedrop.structures.readers import read_checked
+from forcedrop.structures.readers import EXTXYZ, Reading, read_checked
 from forcedrop.structures.store import FrameStore
 from forcedrop.units import length_factor
 
@@ -20,20 +20,20 @@ _OWN = {"energy", "free_energy", "energies", "forces", "force", "stress", "stres
 """What predictions take the place of; labels by other names, such as ``REF_energy``, stay."""
 
 
-def structures_in(path: str | Path, length_unit: str = "Angstrom") -> Iterator[Frame]:
+def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[Frame]:
     """Yield the structures of a file as they are, without labels: nothing about them is checked.
 
     Extended XYZ, ``.traj``, ``.db`` and ``.h5`` are read as they are needed, other formats at once.
 
     Args:
         path: the file.
-        length_unit: of positions and cells in it; where it is not Å, what else the file holds is left out, for its units are not
+        length_unit: of positions and cells in it, by default Å; where it is not, what else the file holds is left out, for its units are not
             known.
 
     Raises:
         ValueError: if the file cannot be read, naming the frame.
     """
-    path, factor = Path(path), length_factor(length_unit)
+    path, factor = Path(path), length_factor(length_unit or "Angstrom")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
@@ -54,12 +54,13 @@ def structures_in(path: str | Path, length_unit: str = "Angstrom") -> Iterator[F
             yield frame
             number += 1
     else:
-        yield from map(_bare, read_checked([path], length_unit=length_unit, skip_bad=False, predictions="drop")[0])
+        reading = Reading(length_unit=length_unit, trust_units=True)  # labels do not matter
+        yield from map(_bare, read_checked([path], reading, predictions="drop", tell=lambda _: None)[0])
 
 
 def _images(path: Path, suffix: str) -> Iterator[Any]:
     if path.stat().st_size:
-        yield from ase.io.iread(path, index=":", format=None if suffix == ".traj" else "extxyz")
+        yield from ase.io.iread(path, index=":", **({} if suffix == ".traj" else EXTXYZ))
 
 
 def _rows(path: Path) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from forcedrop.potential import DropoutRates, kind_of
+from forcedrop.structures import LabelKeys, Reading
 from forcedrop.uncertainty import method_of
 from forcedrop.uncertainty.exact_dropout import ExactDropout
 from forcedrop.uncertainty.method import Method
@@ -50,17 +51,39 @@ class DataSection(_Section):
         description="share held out to calibrate on; 0 leaves σ uncalibrated. A plain network needs none",
     )
     calibration: list[Path] | None = Field(None, description="own calibration files; otherwise a share of `train`")
-    isolated_atoms: Path | dict[str, float] | None = Field(
+    isolated_atoms: Path | dict[str | int, float] | None = Field(
         None,
-        description="file of single atoms, or energies [eV] by symbol; otherwise found in `train`, or fitted",
+        description="file of single atoms, or energies (in `energy_unit`) by symbol or number; otherwise found in `train`, "
+        "or fitted",
     )
-    energy_key: str | None = Field(None, description="label of the energy in the file")
-    forces_key: str | None = Field(None, description="label of the forces in the file")
-    stress_key: str | None = Field(None, description="label of the stress in the file")
-    energy_unit: str = Field("eV", description="unit of energies in the files; npz files say their own")
-    length_unit: str = Field("Angstrom", description="unit of lengths in the files")
+    energy_key: str | None = Field(None, description="name of the energy in all files of this section")
+    forces_key: str | None = Field(None, description="name of the forces")
+    stress_key: str | None = Field(None, description="name of the stress")
+    virial_key: str | None = Field(None, description="name of the virial, instead of a stress")
+    energy_unit: str | None = Field(None, description="of energies and virials; eV, or what an npz file says")
+    length_unit: str | None = Field(None, description="of positions and cells; Angstrom")
+    forces_unit: str | None = Field(None, description="the energy's over the length's; over Bohr for Hartree and Rydberg")
+    stress_unit: str | None = Field(None, description="the energy's over a volume, like forces")
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
+    trust_units: bool = Field(False, description="take numbers that can hardly be in their unit, with a word")
     predictions_as_labels: bool = Field(False, description="take a model's predictions, as in md.xyz, for labels")
+
+    @property
+    def reading(self) -> Reading:
+        """How the files of this section are read.
+
+        Raises:
+            ValueError: for a unit that is not known, or both a stress and a virial.
+        """
+        return Reading(
+            keys=LabelKeys(self.energy_key, self.forces_key, self.stress_key, self.virial_key),
+            **{f.name: getattr(self, f.name) for f in fields(Reading) if f.name != "keys"},
+        )
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        _ = self.reading  # says what is wrong
+        return self
 
 
 @dataclass(frozen=True)

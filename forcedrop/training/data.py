@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
-from forcedrop.structures import Frame, LabelKeys, Problem, isolated_energies, read_checked
+from forcedrop.structures import Frame, Problem, is_isolated_atom, isolated_energies, read_checked
 from forcedrop.training.config import DataSection, TrainConfig
 
 
@@ -38,27 +38,33 @@ class Prepared:
     problems: list[Problem]
 
 
-def prepare_data(config: TrainConfig) -> Prepared:
+def prepare_data(config: TrainConfig, tell: Callable[[str], None] | None = None) -> Prepared:
     """Read, check and split the frames, and find the isolated-atom energies.
 
+    Args:
+        config: of the training.
+        tell: gets each line on how the files were read; without it, what may be a mistake is a warning.
+
     Raises:
-        ValueError: if a frame is bad (and not skipped), or too few frames remain to split.
+        ValueError: if a frame is bad (and not skipped), a file has no labels, or too few frames remain to split.
     """
-    frames, problems = read_labelled(config.data.train, config.data)
-    singles = [f for f in frames if is_isolated_atom(f)]
+    data, cutoff, left = config.data, config.model.cutoff, 1.0
+    frames, problems = read_labelled(data.train, data, labels_needed=True, tell=tell)
+    alone = [is_isolated_atom(f, cutoff) for f in frames]
     elements = tuple(sorted({int(z) for f in frames for z in f.z}))
-    isolated, origin = isolated_energies(frames, given=config.data.isolated_atoms)
-    frames = [f for f in frames if not is_isolated_atom(f)] or singles
+    isolated, origin = isolated_energies(
+        frames, given=data.isolated_atoms, reading=data.reading, cutoff=cutoff, tell=tell
+    )
+    frames = [f for f, single in zip(frames, alone, strict=True) if not single] or frames
     generator = torch.Generator().manual_seed(config.seed)
-    data, left = config.data, 1.0
     if data.validation:
-        validation, more = read_labelled(data.validation, data, elements)
+        validation, more = read_labelled(data.validation, data, elements, labels_needed=True, tell=tell)
         problems = problems + more
     else:
         frames, validation = _hold_out(frames, data.validation_fraction, generator)
         left = 1 - data.validation_fraction
     if data.calibration and config.gives_error_bars:
-        calibration, more = read_labelled(data.calibration, data, elements)
+        calibration, more = read_labelled(data.calibration, data, elements, labels_needed=True, tell=tell)
         problems = problems + more
     else:
         share = data.calibration_fraction if config.gives_error_bars else 0.0
@@ -67,24 +73,22 @@ def prepare_data(config: TrainConfig) -> Prepared:
     return Prepared(split, elements, isolated, origin, energy_scale(frames), problems)
 
 
-def is_isolated_atom(frame: Frame) -> bool:
-    """Return whether a frame is a single atom in empty space: it says where energies are counted from, and trains nothing."""
-    return len(frame) == 1 and not frame.pbc.any()
-
-
 def read_labelled(
-    paths: Sequence[Any], data: DataSection, elements: Sequence[int] | None = None
+    paths: Sequence[Any],
+    data: DataSection,
+    elements: Sequence[int] | None = None,
+    *,
+    labels_needed: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[list[Frame], list[Problem]]:
-    """Read and check files with the label keys and units of a ``data`` section."""
-    keys = LabelKeys(energy=data.energy_key, forces=data.forces_key, stress=data.stress_key)
+    """Read and check files with the label keys and units of a ``data`` section; see :func:`read_checked`."""
     return read_checked(
         paths,
-        keys=keys,
-        energy_unit=data.energy_unit,
-        length_unit=data.length_unit,
-        skip_bad=data.skip_bad,
-        predictions="keep" if data.predictions_as_labels else "refuse",
+        data.reading,
         elements=elements,
+        labels_needed=labels_needed,
+        predictions="keep" if data.predictions_as_labels else "refuse",
+        tell=tell,
     )
 
 

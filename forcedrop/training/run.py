@@ -79,7 +79,7 @@ def _prepare(config: TrainConfig, resume: bool, overwrite: bool, world: World) -
     state = _load_checkpoint(config) if resume else None
     if state is None:
         claim_training(config, overwrite=overwrite, resume=resume)
-    data = prepare_data(config)
+    data = prepare_data(config, tqdm.write if world.first else _quiet)
     if state is not None:  # its weights are all there, whatever became of the model that it started from
         config, data = (
             config.model_copy(update={"start": None}),
@@ -375,6 +375,10 @@ def _postfix(fitted: Errors, errors: Errors) -> str:
         f"train F {fitted.forces:.1f} meV/Å, E {fitted.energy:.1f} meV"
         f" | val F {errors.forces:.1f}, E {errors.energy:.1f} ({errors.energy_per_atom:.2f}/atom)"
     )
+
+
+def _quiet(_: str) -> None:
+    """Say nothing: another process does."""
 
 
 def _describe(data: Prepared) -> None:

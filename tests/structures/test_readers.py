@@ -76,8 +76,10 @@ def test_reference_labels_win_over_a_calculator_and_keys_win_over_both(tmp_path)
     atoms = labelled()
     atoms.info["REF_energy"], atoms.info["ccsd"] = -7.0, -8.0
     ase.io.write(tmp_path / "a.xyz", atoms, format="extxyz")
-    assert read_frames(tmp_path / "a.xyz")[0].energy == -7.0
+    with pytest.warns(UserWarning, match="REF_energy is taken, not energy, which differs in all frames"):
+        assert read_frames(tmp_path / "a.xyz")[0].energy == -7.0
     assert read_frames(tmp_path / "a.xyz", keys=LabelKeys(energy="ccsd"))[0].energy == -8.0
+    assert read_frames(tmp_path / "a.xyz", keys=LabelKeys(energy="CCSD"))[0].energy == -8.0
     with pytest.raises(ValueError, match=r"no energy label 'mp2'.*ccsd"):
         read_frames(tmp_path / "a.xyz", keys=LabelKeys(energy="mp2"))
 
@@ -102,7 +104,8 @@ def test_sgdml_npz_is_in_kcal_per_mol(tmp_path) -> None:
     kcal = units.kcal / units.mol
     pos = np.array([[[0, 0, 0], [1.13, 0, 0]]])
     np.savez(tmp_path / "a.npz", R=pos, z=[6, 8], E=[[-5.5 / kcal]], F=FORCES[None] / kcal)
-    check(read_frames(tmp_path / "a.npz"), 1, stress=False)
+    with pytest.warns(UserWarning, match="kcal/mol"):
+        check(read_frames(tmp_path / "a.npz"), 1, stress=False)
     np.savez(tmp_path / "b.npz", R=pos, z=[6, 8], E=[-5.5], F=FORCES[None], e_unit="eV", r_unit="Angstrom")
     check(read_frames(tmp_path / "b.npz"), 1, stress=False)
     check(read_frames(tmp_path / "a.npz", energy_unit="kcal/mol"), 1, stress=False)
@@ -120,8 +123,8 @@ def test_units_are_converted(tmp_path) -> None:
     assert frame.energy == pytest.approx(-5.5 * units.Hartree)
     np.testing.assert_allclose(frame.forces, FORCES * units.Hartree / units.Bohr, rtol=1e-7)
     np.testing.assert_allclose(frame.stress, STRESS * units.Hartree / units.Bohr**3, rtol=1e-7)
-    with pytest.raises(ValueError, match="unknown energy unit 'Rydbergs'"):
-        read_frames(tmp_path / "a.xyz", energy_unit="Rydbergs")
+    with pytest.raises(ValueError, match="unknown energy unit 'Rydbirds'"):
+        read_frames(tmp_path / "a.xyz", energy_unit="Rydbirds")
 
 
 def test_pymatgen_objects_and_json(tmp_path) -> None:
