@@ -61,6 +61,11 @@ class DataSection(_Section):
     length_unit: str = Field("Angstrom", description="unit of lengths in the files")
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
     predictions_as_labels: bool = Field(False, description="take a model's predictions, as in md.xyz, for labels")
+    split: Literal["auto", "random", "blocks"] = Field(
+        "auto",
+        description="what is drawn to be held out: frames (`random`), pieces of files (`blocks`), or pieces where frames come in "
+        "sequence, as those of a trajectory do (`auto`)",
+    )
 
 
 @dataclass(frozen=True)

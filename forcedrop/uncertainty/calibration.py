@@ -289,13 +289,19 @@ def deviations(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x.std(axis=0, ddof=1) for name, x in samples.items()}
 
 
+FEWEST = 4
+"""Functions below which there is no calibrated σ: the mean square of error over spread is infinite."""
+FEW = 8
+"""Functions below which σ says little."""
+
+
 def few_samples(k: int) -> float:
     r"""Return (K−1)/(K−3), the mean of σ²/s² when s² is the variance of K Gaussian samples, K at least 4.
 
     An error over a spread of few samples follows a Student distribution of K−1 degrees of freedom, whose variance this is: at
     K = 16 errors squared are on average 1.15 of the spread squared even when every sample is right.
     """
-    k = max(k, 4)
+    k = max(k, FEWEST)
     return (k - 1) / (k - 3)
 
 
