@@ -18,7 +18,7 @@ from forcedrop.structures.compositions import basis, formula
 from forcedrop.structures.copies import Signature, copies, signatures
 from forcedrop.structures.prints import Prints
 from forcedrop.training.config import DataSection, TrainConfig
-from forcedrop.training.split import hold_out, make_units
+from forcedrop.training.split import hold_out, make_units, rare
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def prepare_data(config: TrainConfig) -> Prepared:
     left = 1.0
     for name, share in (("validation", drawn_validation), ("calibration", drawn_calibration)):
         if name not in roles:
-            units, held, words = hold_out(units, share / left, generator, frames)
-            notes += words
+            units, held = hold_out(units, share / left, generator, frames)
             roles[name] = [frames[k] for k in sorted(k for unit in held for k in unit.frames)]
             left -= share
     chosen = sorted(k for unit in units for k in [*unit.frames, *unit.copies])
     train = [frames[k] for k in chosen]
+    notes += rare(units, frames)
     split = Split(train, roles["validation"], roles["calibration"])
     spanning = basis([*train, *known])
     determined = not origin.startswith(("fitted", "zero")) or len(spanning) == len(elements)

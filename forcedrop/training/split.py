@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,11 +92,11 @@ def _words(run: Run, how: str, length: int, frames: Sequence[Frame]) -> list[str
 
 def hold_out(
     units: Sequence[Unit], share: float, generator: torch.Generator, frames: Sequence[Frame]
-) -> tuple[list[Unit], list[Unit], list[str]]:
+) -> tuple[list[Unit], list[Unit]]:
     """Draw units for a share of the structures; the last of the units with an element is never taken.
 
     Returns:
-        the units that are left, those that were drawn, and words on what was not.
+        the units that are left, and those that were drawn.
 
     Raises:
         ValueError: if there are too few.
@@ -109,16 +109,14 @@ def hold_out(
     elements = [{int(z) for k in unit.frames for z in frames[k].z} for unit in units]
     holders = Counter(z for own in elements for z in own)
     held: list[int] = []
-    taken, words = 0, []
+    taken = 0
     for index in order:
         size = len(units[index].frames)
         if taken >= count or len(held) == len(units) - 1:
             break
         if taken and abs(taken + size - count) > count - taken:
             continue
-        if last := sorted(z for z in elements[index] if holders[z] == 1):
-            names = ", ".join(chemical_symbols[z] for z in last)
-            words.append(f"{frames[units[index].frames[0]].source} is kept to train: no other structure holds {names}")
+        if any(holders[z] == 1 for z in elements[index]):
             continue
         holders.subtract(elements[index])
         held.append(index)
@@ -128,4 +126,26 @@ def hold_out(
             "no structure can be held out: each is the only one with some element; give `data.validation` and `data.calibration`"
         )
     chosen = set(held)
-    return [u for k, u in enumerate(units) if k not in chosen], [units[k] for k in sorted(chosen)], words
+    return [u for k, u in enumerate(units) if k not in chosen], [units[k] for k in sorted(chosen)]
+
+
+def rare(units: Sequence[Unit], frames: Sequence[Frame]) -> list[str]:
+    """Say which elements are in one structure to train on alone.
+
+    Args:
+        units: that train.
+        frames: of which their indices are.
+    """
+    holders: dict[int, list[int]] = defaultdict(list)
+    for k in (k for unit in units for k in unit.frames):
+        for z in set(frames[k].z.tolist()):
+            holders[z].append(k)
+    if sum(len(unit.frames) for unit in units) < 2:
+        return []
+    alone = [f"{chemical_symbols[z]} ({frames[own[0]].source})" for z, own in sorted(holders.items()) if len(own) == 1]
+    if not alone:
+        return []
+    names = ", ".join(alone[:6]) + (f" and {len(alone) - 6} more" if len(alone) > 6 else "")
+    return [
+        f"warning: one structure to train on is all there is of {names}: it was not held out, and no error bar of them is tested"
+    ]

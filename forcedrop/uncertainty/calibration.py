@@ -18,7 +18,17 @@ import numpy as np
 from ase.data import chemical_symbols
 
 CRITERIA = {"max_force": "eV/Å", "mean_force": "eV/Å", "energy_per_atom": "eV"}
-"""What frames are ranked by, and its unit: largest atomic force σ, mean atomic force σ, energy σ per atom."""
+"""What frames are ranked by, and its unit: largest atomic force σ, mean atomic force σ, energy σ per atom.
+
+The *atomic force σ* is that of the force on an atom as a vector, √tr Σ: the norm of the σ of its three components. Where σ of a
+component is meant, it is called that.
+"""
+MEANING = {
+    "max_force": "largest atomic force σ, the norm of its components' σ",
+    "mean_force": "mean of the atomic force σ",
+    "energy_per_atom": "σ of the energy over the number of atoms",
+}
+"""The criteria in words."""
 
 
 def fit_scale(error: np.ndarray, std: np.ndarray) -> float:
