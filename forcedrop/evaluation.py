@@ -168,6 +168,7 @@ def predicted_frames(
         problems = check_frames(block, elements=model.elements)
         if problems:
             raise BadFrames(problems)
+        _warn_of_energies(model, block)
         found = predict_graphs(model.potential, model.graphs(block), n_samples=n_samples, seed=seed)
         for frame, p in zip(block, found, strict=True):
             yield with_predictions(frame, _calibrated(model, frame, p))
@@ -268,10 +269,18 @@ def _warn_of(model: TrainedModel, frames: Sequence[Frame]) -> None:
             f"{trained} of {len(frames)} frames trained the model: errors on them are smaller than on others, z² says nothing",
             stacklevel=3,
         )
+    _warn_of_energies(model, [frame for frame in frames if frame.energy is not None])
+
+
+def _warn_of_energies(model: TrainedModel, frames: Sequence[Frame]) -> None:
+    """Warn about frames whose energies the training data do not determine."""
+    compositions = Counter(tuple(sorted(frame.z.tolist())) for frame in frames)
     strange = Counter(
-        str(Symbols(f.z).get_chemical_formula())
-        for f in frames
-        if f.energy is not None and not model.determines_energy(f.z)
+        {
+            str(Symbols(z).get_chemical_formula()): count
+            for z, count in compositions.items()
+            if not model.determines_energy(np.array(z))
+        }
     )
     if strange:
         names = ", ".join(name for name, _ in strange.most_common(3))

@@ -122,8 +122,9 @@ def comparison_rows(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> list
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of :func:`comparison_rows` as text, a block a set."""
     heads = {
-        "samples": "K", "frames": "frames", "energy_rmse_meV": "E RMSE [meV]", "energy_z2": "z² of E", "forces_rmse_meV_A": "F RMSE [meV/Å]",
-        "forces_nll": "NLL", "forces_crps_meV_A": "CRPS [meV/Å]", "forces_z2": "z²", "forces_area": "area",
+        "samples": "K", "frames": "frames", "energy_rmse_meV": "E RMSE [meV]", "energy_z2": "z² of E",
+        "forces_rmse_meV_A": "F RMSE [meV/Å]", "forces_nll": "NLL",
+        "forces_crps_meV_A": "CRPS [meV/Å]", "forces_z2": "z²", "forces_area": "area",
         "forces_rll_percent": "RLL %", "auroc_worst_5_percent": "AUROC",
     }  # fmt: skip
     lines: list[str] = []

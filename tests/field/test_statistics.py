@@ -256,8 +256,11 @@ def test_validation_errors_are_those_of_the_file(trained_folder: Path, trained: 
     assert abs(said["forces_meV_A"] / trained.provenance["last_epoch"]["val_forces_meV_A"] - 1) > 1e-3
     text = run("info", trained_folder / "run" / "model.pt")
     assert (
-        f"validation RMSE of this model (mean of 16 functions; 4 frames, by which epoch and functions were chosen): forces {said['forces_meV_A']:.1f} meV/Å"
+        "validation RMSE of this model (mean of 16 functions; 4 frames, by which epoch and functions were chosen): "
         in text
+    )
+    assert (
+        f"were chosen): forces {said['forces_meV_A']:.1f} meV/Å, energy {said['energy_meV_atom']:.2f} meV/atom" in text
     )
 
 
