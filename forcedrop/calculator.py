@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.data import chemical_symbols
+from ase.symbols import Symbols
 from torch import Tensor
 
 from forcedrop.derive import Derived, derive
@@ -44,7 +46,8 @@ class DropoutCalculator(Calculator):
 
     Args:
         model: a path to a model file, or a loaded model; several paths, in a list or joined by ``+``, are a deep ensemble.
-        n_samples: K ≥ 2; by default 16, or all functions of a model that has fewer.
+        n_samples: K; by default 16, or all functions of a model that has fewer. At least 4 for a calibrated model, 2 for the raw
+            spread of another; fewer than 8 say little, with a warning.
         seed: of trained masks, by default the model's own; others are allowed, with a warning. A bank does not look at it.
         device: ``cpu``, ``cuda``, …; by default the GPU if there is one.
         dtype: precision of the network, by default that of its weights.
@@ -60,7 +63,7 @@ class DropoutCalculator(Calculator):
         prediction: the raw samples of the last evaluation; None where it computed none.
 
     Raises:
-        ValueError: if the model cannot be read, has nothing to sample, or K < 2.
+        ValueError: if the model cannot be read, has nothing to sample, or K is too small.
     """
 
     implemented_properties = [  # noqa: RUF012 (as in the base class)
@@ -105,6 +108,7 @@ class DropoutCalculator(Calculator):
         self.max_memory = max_memory
         self._finder = NeighbourFinder(self.potential.cutoff, skin)
         self._evaluations = 0
+        self._told: set[bytes] = set()
         self.prediction: Prediction | None = None
 
     @property
@@ -129,6 +133,7 @@ class DropoutCalculator(Calculator):
         frame = self._checked(Frame.geometry(present, source="atoms"))
         periodic = bool(frame.pbc.any()) and frame.volume > 0
         self._refuse(properties, periodic)
+        self._warn_of_energy(frame.z)
         batch = batch_graphs([build_graph(frame, self._finder, self.potential.dtype)]).to(self.device)
         asked = any(name.rpartition("_")[2] in ("std", "uncertainty", "covariance", "ensemble") for name in properties)
         due = self._evaluations % self.uncertainty_every == 0
@@ -182,6 +187,19 @@ class DropoutCalculator(Calculator):
         if len(frame) == 0:
             raise ValueError("there are no atoms to calculate")
         return frame
+
+    def _warn_of_energy(self, z: np.ndarray) -> None:
+        """Warn, once a composition, where the training data do not determine its energy."""
+        key = np.sort(z).tobytes()
+        if key not in self._told:
+            self._told.add(key)
+            if not self.model.determines_energy(z):
+                warnings.warn(
+                    f"the energy of {Symbols(z).get_chemical_formula()} means nothing: the compositions that the model was "
+                    "trained on do not determine it, and no isolated-atom energies were given; differences between structures of "
+                    "these atoms do not need them",
+                    stacklevel=3,
+                )
 
     def _refuse(self, properties: Sequence[str], periodic: bool) -> None:
         for name in properties:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
+from ase.symbols import Symbols
 from tqdm import tqdm
 
 from forcedrop.graph import SIGHT, out_of_sight
@@ -16,6 +18,7 @@ from forcedrop.metrics import UncertaintyReport, atom_norms, detection, informat
 from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
+from forcedrop.structures.copies import copies
 from forcedrop.structures.predictions import mark
 from forcedrop.uncertainty.calibrate import calibrate
 from forcedrop.uncertainty.calibration import Calibration, deviations, difference_sigma
@@ -44,6 +47,7 @@ class Evaluation:
         n_frames: number of frames.
         calibrated: whether σ is calibrated, or the raw spread.
         coverage: of the calibration's conformal intervals, by property: the share of errors inside, by the share stated.
+        n_samples: of how many functions forces and stress have their σ; 0 where that is not known.
     """
 
     reference: dict[str, np.ndarray]
@@ -56,6 +60,7 @@ class Evaluation:
     n_frames: int
     calibrated: bool
     coverage: dict[str, dict[float, float]] = field(default_factory=dict)
+    n_samples: int = 0
 
     def reports(self) -> dict[str, UncertaintyReport]:
         """Return the measures of each property."""
@@ -103,6 +108,7 @@ class Evaluation:
         """Return all numbers, plain, in eV and Å."""
         return {
             "frames": self.n_frames,
+            "samples": self.n_samples,
             "calibrated": self.calibrated,
             "total_energy_rmse": self.total_energy_rmse,
             "plain_rmse": self.plain_rmse,
@@ -162,6 +168,7 @@ def predicted_frames(
         problems = check_frames(block, elements=model.elements)
         if problems:
             raise BadFrames(problems)
+        _warn_of_energies(model, block)
         found = predict_graphs(model.potential, model.graphs(block), n_samples=n_samples, seed=seed)
         for frame, p in zip(block, found, strict=True):
             yield with_predictions(frame, _calibrated(model, frame, p))
@@ -200,7 +207,8 @@ def evaluate(
     """Compare a model with labelled frames.
 
     Forces of atoms out of sight of all others are left out with a warning, as are stress, and an energy whose σ is 0, of their
-    frames: near the cutoff a network's forces and spreads fade to 0, whatever was learned.
+    frames: near the cutoff a network's forces and spreads fade to 0, whatever was learned. Warns too about frames that trained
+    the model, and energies that its training data do not determine.
 
     Args:
         model: what to judge.
@@ -215,6 +223,7 @@ def evaluate(
     """
     if predictions is None:
         predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="evaluate")
+    _warn_of(model, frames)
     columns: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in PROPERTIES}
     numbers = [np.empty(0, int)]
     bound = [~out_of_sight(f.pos, f.cell, f.pbc, model.cutoff) for f in frames]
@@ -248,8 +257,38 @@ def evaluate(
         total_energy_rmse=rmse(np.array(totals)) if totals else float("nan"),
         n_frames=len(frames),
         calibrated=model.calibration is not None,
+        n_samples=predictions[0].n_samples if len(predictions) else 0,
     )
     return found if model.calibration is None else replace(found, coverage=_coverage(found, model.calibration))
+
+
+def _warn_of(model: TrainedModel, frames: Sequence[Frame]) -> None:
+    """Warn about frames on which errors say nothing of others."""
+    if trained := int(model.trained_on(frames).sum()):
+        warnings.warn(
+            f"{trained} of {len(frames)} frames trained the model: errors on them are smaller than on others, z² says nothing",
+            stacklevel=3,
+        )
+    _warn_of_energies(model, [frame for frame in frames if frame.energy is not None])
+
+
+def _warn_of_energies(model: TrainedModel, frames: Sequence[Frame]) -> None:
+    """Warn about frames whose energies the training data do not determine."""
+    compositions = Counter(tuple(sorted(frame.z.tolist())) for frame in frames)
+    strange = Counter(
+        {
+            str(Symbols(z).get_chemical_formula()): count
+            for z, count in compositions.items()
+            if not model.determines_energy(np.array(z))
+        }
+    )
+    if strange:
+        names = ", ".join(name for name, _ in strange.most_common(3))
+        warnings.warn(
+            f"energies of {strange.total()} of {len(frames)} frames ({names}{' …' if len(strange) > 3 else ''}) mean nothing: "
+            "the training data did not determine those of their compositions, and no isolated-atom energies were given",
+            stacklevel=3,
+        )
 
 
 def _row(frame: Frame, p: FramePrediction, name: str, index: int, chosen: Any) -> tuple[np.ndarray, ...]:
@@ -307,14 +346,19 @@ def compare(
     Args:
         models: by name; left as they are.
         sets: labelled frames by name.
-        calibration: labelled frames on which every model is calibrated anew; without them each keeps its own calibration.
+        calibration: labelled frames on which every model is calibrated anew, copies once; without them each keeps its own
+            calibration.
         n_samples: K, at most; by default 16.
 
     Raises:
         BadFrames: if a frame cannot be computed.
-        ValueError: if a model has nothing to sample, or the calibration frames have no labels.
+        ValueError: if a model has nothing to sample, or the calibration frames have no labels, trained a model, or are judged on.
     """
     found: dict[str, dict[str, Evaluation]] = {}
+    if calibration is not None:
+        calibration = _apart(calibration, sets)
+        for name, model in models.items():
+            model.refuse_trained(calibration, f"to calibrate {name} on")
     for name, model in models.items():
         if calibration is not None:
             graphs = model.graphs(calibration)
@@ -323,6 +367,23 @@ def compare(
         k = n_samples if n_samples is None or most is None else min(n_samples, most)
         found[name] = {what: evaluate(model, frames, n_samples=k) for what, frames in sets.items()}
     return found
+
+
+def _apart(calibration: Sequence[Frame], sets: Mapping[str, Sequence[Frame]]) -> list[Frame]:
+    """Return the calibration frames, each structure once.
+
+    Raises:
+        ValueError: if one is in a set to judge on.
+    """
+    tests = [frame for frames in sets.values() for frame in frames]
+    first = copies([*tests, *calibration])[len(tests) :]
+    shared = [(own, tests[k]) for own, k in zip(calibration, first.tolist(), strict=True) if k < len(tests)]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(calibration)} frames to calibrate on are to be judged on as well, such as "
+            f"{shared[0][0].source} = {shared[0][1].source}: z² would be 1 whatever σ is worth"
+        )
+    return [frame for k, frame in enumerate(calibration) if first[k] == len(tests) + k]
 
 
 def with_uncertainties(frame: Frame, prediction: FramePrediction) -> Frame:

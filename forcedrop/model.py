@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,13 @@ from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
 from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
-from forcedrop.uncertainty.calibration import Calibration
+from forcedrop.structures.compositions import spanned
+from forcedrop.structures.copies import copies, signatures
+from forcedrop.structures.prints import Prints
+from forcedrop.structures.sequences import halves
+from forcedrop.uncertainty.calibration import FEW, FEWEST, Calibration
 from forcedrop.uncertainty.ensemble import Ensemble
+from forcedrop.uncertainty.errors import held_out_errors
 from forcedrop.uncertainty.exact_dropout import ExactDropout
 from forcedrop.uncertainty.method import Labels, Method, find_functions
 from forcedrop.uncertainty.posterior import draws
@@ -87,19 +93,67 @@ class TrainedModel:
         finder = NeighbourFinder(self.cutoff)
         return [build_graph(frame, finder, self.dtype) for frame in frames]
 
+    @property
+    def prints(self) -> Prints | None:
+        """Of the frames that trained it; None for a model from before there were any.
+
+        Raises:
+            ValueError: if they are damaged.
+        """
+        values = self.provenance.get("prints")
+        return None if values is None else Prints.from_dict(values)
+
+    def trained_on(self, frames: Sequence[Frame]) -> np.ndarray:
+        """Return which frames trained it, as far as it knows: copies, however turned or ordered; shape (n,), bool."""
+        prints = self.prints
+        return np.zeros(len(frames), bool) if prints is None else prints.hold(frames)
+
+    def refuse_trained(self, frames: Sequence[Frame], purpose: str) -> None:
+        """Refuse frames that trained it for what needs frames that did not.
+
+        Raises:
+            ValueError: naming the first ones.
+        """
+        mask = self.trained_on(frames)
+        if mask.any():
+            names = ", ".join(frames[k].source for k in np.flatnonzero(mask)[:5]) + (" …" if mask.sum() > 5 else "")
+            raise ValueError(
+                f"{int(mask.sum())} of {len(frames)} frames {purpose} trained the model ({names}): "
+                "errors on them are smaller than on others, and σ would be too small"
+            )
+
+    def determines_energy(self, z: np.ndarray) -> bool:
+        """Return whether the training data determine the energy of a composition, from the atomic numbers (N,) of its atoms.
+
+        Not where energies of isolated atoms were fitted, and the composition is no combination of those that were trained on.
+        """
+        known = self.provenance.get("isolated_energies", {}).get("compositions")
+        return known is None or spanned(z, known)
+
     def functions_for(self, n_samples: int | None = None, seed: int | None = None) -> tuple[int, int]:
         """Return how many functions to use, and the seed of masks that are drawn: by default the first 16.
 
-        Warns (``UserWarning``) about masks that are not among those of the training.
+        Warns (``UserWarning``) about masks that are not among those of the training, and about fewer than 8 functions.
 
         Raises:
-            ValueError: if there are not so many.
+            ValueError: if there are not so many, or they are fewer than 4, of which a calibrated model has no σ.
         """
         known = self.n_functions
         if n_samples is None:
             n_samples = min(SAMPLES, known or SAMPLES)
         seed = self.seed if seed is None else seed
         require_functions(self.potential, n_samples)
+        if n_samples < FEWEST and self.calibration is not None:
+            raise ValueError(
+                f"there is no calibrated σ of fewer than {FEWEST} functions, asked for {n_samples}: it would warn of nothing, "
+                f"errors are any multiple of such a spread; take {FEW} or more"
+            )
+        if n_samples < FEW:
+            warnings.warn(
+                f"σ of {n_samples} functions says little: it is itself uncertain by {100 / (2 * n_samples - 2) ** 0.5:.0f} %; "
+                f"take {FEW} or more",
+                stacklevel=3,
+            )
         if self.potential.n_functions is None and known and (seed != self.seed or n_samples > known):
             warnings.warn(
                 f"this model was trained with the {known} masks of seed {self.seed}, asked for {n_samples} of seed {seed}: "
@@ -113,11 +167,27 @@ def committee(models: Sequence[TrainedModel]) -> TrainedModel:
     """Return a deep ensemble of several models as one; each is a function, their own functions are not looked at.
 
     Raises:
-        ValueError: if there are fewer than two, or they do not fit together.
+        ValueError: if there are fewer than two, two are equal, or they do not fit together.
     """
     ensemble = Ensemble([model.potential for model in models])
+    states = [member.state_dict() for member in ensemble.each()]
+    for b, own in enumerate(states):
+        for a, other in enumerate(states[:b]):
+            if own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own):
+                raise ValueError(
+                    f"members {a + 1} and {b + 1} of the ensemble are equal: their spread says nothing; train with other seeds"
+                )
     about = {"method": "ensemble", "functions": len(models)}
-    return TrainedModel(ensemble.eval(), None, about, dict(models[0].provenance))
+    provenance = dict(models[0].provenance)
+    provenance.pop("validation", None)  # of one member
+    known = [model.prints for model in models]
+    prints = [one for one in known if one is not None]
+    if prints:
+        joined = prints[0]
+        for more in prints[1:]:
+            joined = joined.joined(more)
+        provenance["prints"] = joined.to_dict()
+    return TrainedModel(ensemble.eval(), None, about, provenance)
 
 
 def fill(
@@ -134,32 +204,63 @@ def fill(
     Args:
         model: a trained one, with or without functions; left as it is.
         train: labelled frames that trained it.
-        held_out: labelled frames that did not: every other one to choose by, the rest to calibrate on.
+        held_out: labelled frames that did not: every other one to choose by, the rest to calibrate on; where they come in
+            sequence every other quarter. Copies count once.
         method: how; exact dropout by default.
         stress: whether stress labels count.
         quiet: without progress bars.
 
     Raises:
         BadFrames: if a frame holds what the model does not know.
-        ValueError: if the network or the labels do not allow it, or there are fewer than 4 held-out frames.
+        ValueError: if the network or the labels do not allow it, held-out frames trained the model or are among ``train``, or
+            there are fewer than 4 different ones.
     """
     from forcedrop.uncertainty.calibrate import calibrate  # only who fits one waits for it
 
-    if len(held_out) < 4:
-        raise ValueError(
-            f"functions need 4 held-out frames or more, to choose and to calibrate by, got {len(held_out)}"
-        )
     if problems := check_frames([*train, *held_out], elements=model.elements):
         raise BadFrames(problems)
     method = method or ExactDropout()
     if method.learns:
         raise ValueError(f"functions of method {method.name!r} learn together with the network: train with it instead")
+    choosing, calibrating = _choosing_and_calibrating(model, train, held_out)
     potential = deepcopy(model.potential)
     potential.forget_functions()
-    of_train, of_held = model.graphs(train), model.graphs(held_out)
-    about = find_functions(potential, method, Labels(of_train, of_held[::2], stress=stress, quiet=quiet))
-    calibration = calibrate(potential, of_held[1::2], seed=method.seed) if method.gives_error_bars else None
-    return TrainedModel(potential, calibration, about, dict(model.provenance))
+    of_train, to_choose, to_calibrate = map(model.graphs, (train, choosing, calibrating))
+    about = find_functions(potential, method, Labels(of_train, to_choose, stress=stress, quiet=quiet))
+    calibration = calibrate(potential, to_calibrate, seed=method.seed) if method.gives_error_bars else None
+    provenance = {**model.provenance, "validation": held_out_errors(potential, to_choose)}
+    known, prints = model.prints, Prints.taken(signatures(train))
+    if known is None or not model.trained_on(train).all():  # what its energies are read with comes from these frames
+        provenance["prints"] = (prints if known is None else known.joined(prints)).to_dict()
+    return TrainedModel(potential, calibration, about, provenance)
+
+
+def _choosing_and_calibrating(
+    model: TrainedModel, train: Sequence[Frame], held_out: Sequence[Frame]
+) -> tuple[list[Frame], list[Frame]]:
+    """Return two halves of the held-out frames, each structure once.
+
+    Raises:
+        ValueError: if one trained, or there are too few.
+    """
+    model.refuse_trained(held_out, "that are held out")
+    signed = signatures([*train, *held_out])
+    first = copies([*train, *held_out], signed)[len(train) :]
+    shared = [(own, train[k]) for own, k in zip(held_out, first.tolist(), strict=True) if k < len(train)]
+    if shared:
+        names = ", ".join(f"{own.source} = {other.source}" for own, other in shared[:5])
+        raise ValueError(
+            f"{len(shared)} of {len(held_out)} frames that are held out are among the training frames ({names}"
+            f"{' …' if len(shared) > 5 else ''}): σ would be too small"
+        )
+    places = [k for k in range(len(held_out)) if first[k] == len(train) + k]
+    if len(places) < 4:
+        raise ValueError(
+            f"functions need 4 different held-out frames or more, to choose and to calibrate by, got {len(places)}"
+        )
+    frames = [held_out[k] for k in places]
+    parts = halves(frames, [signed[len(train) + k] for k in places])
+    return [frames[k] for k in parts[0]], [frames[k] for k in parts[1]]
 
 
 def save_model(model: TrainedModel, path: str | Path) -> None:

@@ -267,7 +267,7 @@ def test_phonons(trained, tmp_path) -> None:
     atoms = bulk("Cu", a=3.6)
     phonons = Phonons(
         atoms,
-        DropoutCalculator(trained, n_samples=2),
+        DropoutCalculator(trained, n_samples=4),
         supercell=(3, 3, 3),
         delta=0.02,
         name=str(tmp_path / "ph"),

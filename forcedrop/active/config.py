@@ -85,7 +85,7 @@ class ExploreSection(_Section):
     pressure: float = Field(0.0, description="[GPa], for npt")
     samples: int | None = Field(None, ge=2, description="K; by default the model's")
     quantile: float = Field(
-        0.95, ge=0, le=1, description="flagged is a largest force σ above this of calibration frames"
+        0.95, ge=0, le=1, description="flagged is a largest atomic force σ above this of calibration frames"
     )
     threshold: float | None = Field(None, ge=0, description="instead: this σ [eV/Å]")
     stop_factor: float = Field(10.0, gt=1, description="a run ends where σ is so many times the threshold")

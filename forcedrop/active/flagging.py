@@ -14,7 +14,7 @@ from forcedrop.evaluation import predict_frames, with_uncertainties
 from forcedrop.model import TrainedModel
 from forcedrop.structures import Frame
 from forcedrop.structures.streaming import structures_in
-from forcedrop.uncertainty.calibration import CRITERIA, Calibration, frame_criteria
+from forcedrop.uncertainty.calibration import CRITERIA, MEANING, Calibration, frame_criteria
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Flags:
         """Return a sentence."""
         unit = CRITERIA[self.criterion]
         return (
-            f"{len(self.flagged)} of {len(self.frames)} frames have a {self.criterion} σ above {self.threshold:.4g} {unit}; "
+            f"{len(self.flagged)} of {len(self.frames)} frames have a {self.criterion} σ ({MEANING[self.criterion]}) above "
+            f"{self.threshold:.4g} {unit}; "
             f"median {np.median(self.values):.4g}, largest {self.values.max():.4g} {unit}"
         )
 

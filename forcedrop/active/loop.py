@@ -214,7 +214,7 @@ class ActiveLoop:
                 {
                     "labels": n_frames,
                     "seconds": model.provenance["training_seconds"] if len(folders) == 1 else time.monotonic() - start,
-                    "validation_forces": model.provenance["last_epoch"]["val_forces_meV_A"] / 1000,
+                    "validation_forces": model.provenance["validation"]["forces_meV_A"] / 1000,
                     "calibration": model.calibration.sentence() if model.calibration else None,
                 },
             )

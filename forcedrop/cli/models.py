@@ -42,7 +42,7 @@ def train(
     ] = False,
 ) -> None:
     """Train and calibrate a model as a YAML file says."""
-    from forcedrop.report import save_figure, training_figure
+    from forcedrop.report import describe_validation, save_figure, training_figure
     from forcedrop.training import load_config
     from forcedrop.training import train as train_model
     from forcedrop.training.parallel import is_first_process
@@ -54,10 +54,8 @@ def train(
     if not is_first_process():  # under torchrun
         return
     save_figure(training_figure(settings.output / "log.csv"), settings.output / "training.png")
-    last = model.provenance["last_epoch"]
     typer.echo(
-        f"{settings.output / 'model.pt'}: validation RMSE {last['val_forces_meV_A']:.1f} meV/Å, "
-        f"{last['val_energy_meV_atom']:.2f} meV/atom"
+        f"{settings.output / 'model.pt'}: {describe_validation(model.provenance)}"
         + (f"; {model.calibration.sentence()}" if model.calibration else "; no error bars were trained")
     )
 

@@ -296,7 +296,7 @@ def _sigma_panel(
         axes.plot(
             moments, np.interp(moments, time, largest), "o", color=_ORANGE, mec="black", mew=0.5, ms=4, label="kept"
         )
-    axes.set_ylabel("force σ [eV/Å]")
+    axes.set_ylabel("atomic force σ [eV/Å]")
 
 
 def flag_figure(values: np.ndarray, threshold: float, criterion: str, unit: str) -> Figure:

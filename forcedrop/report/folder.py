@@ -117,6 +117,8 @@ class Assessment(Kind):
         reports = {name: part for name, part in values.items() if isinstance(part, dict) and "rmse" in part}
         by_frame = reports.pop("forces_by_frame", None)
         kind = "calibrated σ" if values.get("calibrated") else "raw spread, not calibrated"
+        if values.get("samples"):
+            kind += f" of {values['samples']} functions"
         tables: list[Block] = [
             errors_table(reports, f"{values.get('frames', '?')} frames, {kind}; errors in thousandths")
         ]

@@ -13,7 +13,8 @@ from ase.data import chemical_symbols
 from ase.symbols import Symbols
 
 from forcedrop.report.labels import LABEL
-from forcedrop.uncertainty.calibration import CRITERIA
+from forcedrop.structures.compositions import formula
+from forcedrop.uncertainty.calibration import CRITERIA, MEANING
 
 if TYPE_CHECKING:  # who describes a model does not wait for what evaluates one
     from forcedrop.active.flagging import Flags
@@ -48,8 +49,9 @@ def evaluation_table(evaluation: Evaluation) -> str:
         rows.append([f"{what} [m{unit}]", *milli, *shape, f"{r.spearman:.2f} ({r.spearman_ceiling:.2f})"])
     lines = format_table(rows)
     kind = "calibrated σ" if evaluation.calibrated else "raw spread, not calibrated"
+    functions = f" of {evaluation.n_samples} functions" if evaluation.n_samples else ""
     lines.append(
-        f"{evaluation.n_frames} frames, {kind}; total energy RMSE {1e3 * evaluation.total_energy_rmse:.2f} meV"
+        f"{evaluation.n_frames} frames, {kind}{functions}; total energy RMSE {1e3 * evaluation.total_energy_rmse:.2f} meV"
     )
     if found := evaluation.detection():
         low, high = found["auroc_interval"]
@@ -96,7 +98,8 @@ def comparison_rows(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> list
     for model, sets in evaluations.items():
         for name, found in sets.items():
             reports, detection = found.reports(), found.detection()
-            row: dict[str, Any] = {"model": model, "set": name, "energy_rmse_meV": 1e3 * found.total_energy_rmse}
+            row: dict[str, Any] = {"model": model, "set": name, "samples": found.n_samples, "frames": found.n_frames}
+            row |= {"energy_rmse_meV": 1e3 * found.total_energy_rmse}
             if "energy" in reports:
                 row["energy_z2"] = reports["energy"].z2
             if "forces" in reports:
@@ -112,15 +115,16 @@ def comparison_rows(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> list
                     "forces_rll_percent": r.rll,
                     "auroc_worst_5_percent": detection["auroc"],
                 }
-            rows.append({k: v if isinstance(v, str) else round(float(v), 4) for k, v in row.items()})
+            rows.append({k: v if isinstance(v, str | int) else round(float(v), 4) for k, v in row.items()})
     return rows
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of :func:`comparison_rows` as text, a block a set."""
     heads = {
-        "energy_rmse_meV": "E RMSE [meV]", "energy_z2": "z² of E", "forces_rmse_meV_A": "F RMSE [meV/Å]",
-        "forces_nll": "NLL", "forces_crps_meV_A": "CRPS [meV/Å]", "forces_z2": "z²", "forces_area": "area",
+        "samples": "K", "frames": "frames", "energy_rmse_meV": "E RMSE [meV]", "energy_z2": "z² of E",
+        "forces_rmse_meV_A": "F RMSE [meV/Å]", "forces_nll": "NLL",
+        "forces_crps_meV_A": "CRPS [meV/Å]", "forces_z2": "z²", "forces_area": "area",
         "forces_rll_percent": "RLL %", "auroc_worst_5_percent": "AUROC",
     }  # fmt: skip
     lines: list[str] = []
@@ -128,9 +132,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
         chosen = [row for row in rows if row["set"] == name]
         keys = [key for key in heads if any(key in row for row in chosen)]
         table = [[name, *(heads[key] for key in keys)]]
-        table += [[row["model"], *(f"{row[key]:.3g}" if key in row else "–" for key in keys)] for row in chosen]
+        table += [[row["model"], *(_short(row[key]) if key in row else "–" for key in keys)] for row in chosen]
         lines += [*format_table(table), ""]
     return "\n".join(lines).rstrip()
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def ranking_csv(flags: Flags, path: str | Path) -> Path:
@@ -164,11 +172,8 @@ def describe_model(model: TrainedModel) -> str:
     shortest = data.get("shortest_distance", {})
     if shortest:
         lines.append("shortest distances [Å]: " + ", ".join(f"{k} {v:.2f}" for k, v in shortest.items()))
-    last = provenance.get("last_epoch", {})
-    if last:
-        lines.append(
-            f"validation RMSE: forces {last['val_forces_meV_A']:.1f} meV/Å, energy {last['val_energy_meV_atom']:.2f} meV/atom"
-        )
+    lines += describe_zero(provenance.get("isolated_energies", {}))
+    lines.append(describe_validation(provenance))
     if model.calibration is None:
         lines.append("not calibrated")
     else:
@@ -179,8 +184,51 @@ def describe_model(model: TrainedModel) -> str:
         )
         for name, unit in CRITERIA.items():
             median, high = c.threshold(name, 0.5), c.threshold(name, 0.95)
-            lines.append(f"  {name} σ there: median {median:.4g}, 95 % below {high:.4g} {unit}")
+            lines.append(f"  {name} σ ({MEANING[name]}) there: median {median:.4g}, 95 % below {high:.4g} {unit}")
     return "\n".join(lines)
+
+
+def describe_validation(provenance: Mapping[str, Any]) -> str:
+    """Return the errors on the frames that chose epoch and functions, of the model as it is in the file."""
+    found = provenance.get("validation")
+    if found:
+        of = f"mean of {found['functions']} functions" if found["functions"] else "the network"
+        errors = [
+            f"{what} {found[key]:.{digits}f} {unit}"
+            for what, key, unit, digits in (
+                ("forces", "forces_meV_A", "meV/Å", 1),
+                ("energy", "energy_meV_atom", "meV/atom", 2),
+                ("stress", "stress_meV_A3", "meV/Å³", 2),
+            )
+            if found.get(key) is not None
+        ]
+        return (
+            f"validation RMSE of this model ({of}; {found['frames']} frames, by which epoch and functions were chosen): "
+            + (", ".join(errors) or "no labels")
+        )
+    last = provenance.get("last_epoch")
+    if not last:
+        return "validation RMSE: unknown"
+    return (
+        "validation RMSE in the last epoch of training, not of this model, whose readouts were found afterwards: "
+        f"forces {last['val_forces_meV_A']:.1f} meV/Å, energy {last['val_energy_meV_atom']:.2f} meV/atom"
+    )
+
+
+def describe_zero(about: Mapping[str, Any]) -> list[str]:
+    """Return where energies are counted from, and which compositions have one that means something."""
+    if "origin" not in about:
+        return []
+    lines = [f"isolated-atom energies: {about['origin']}"]
+    compositions = about.get("compositions")
+    if compositions:
+        names = ", ".join(formula(known) for known in compositions)
+        lines.append(
+            f"energies mean something for {names} and combinations of them only: no others are determined by the training data"
+        )
+    elif compositions is not None:
+        lines.append("energies mean nothing, only their differences at one composition do: no training frame had one")
+    return lines
 
 
 def describe_network(potential: EnergyModel) -> str:

@@ -18,8 +18,8 @@ from ase import Atoms
 from forcedrop.report.page import Block
 from forcedrop.structures import Frame
 
-_SIGMA, _SIZE, _ERROR = "σ of force", "force", "force error"
-_LARGEST_SIGMA, _LARGEST_ERROR = "largest σ of force", "largest force error"
+_SIGMA, _SIZE, _ERROR = "atomic force σ", "force", "force error"
+_LARGEST_SIGMA, _LARGEST_ERROR = "largest atomic force σ", "largest force error"
 _INFO = {  # names that md and active learning write into each frame
     "time_fs": ("time", "fs"),
     "temperature_K": ("temperature", "K"),

@@ -255,8 +255,7 @@ def _read_ase(path: Path) -> list[Raw]:
     is_xyz = path.name.lower().removesuffix(".gz").endswith((".xyz", ".extxyz"))
     if path.stat().st_size == 0:
         return []
-    how: dict[str, Any] = {"format": "extxyz", "properties_parser": _comment} if is_xyz else {}
-    images: Any = ase.io.read(path, index=":", **how)
+    images: Any = ase.io.read(path, index=":", **(EXTXYZ if is_xyz else {}))
     return _from_atoms(images, str(path))
 
 
@@ -270,6 +269,8 @@ def _comment(line: str) -> dict[str, Any]:
         return {name.removeprefix(_HIDDEN): value for name, value in values.items()}
 
 
+EXTXYZ: dict[str, Any] = {"format": "extxyz", "properties_parser": _comment}
+"""How ASE is to read extended XYZ."""
 _HIDDEN = "forcedrop-"
 _TENSOR = re.compile(r"(^|\s)(stress|virial)\s*=")
 

@@ -62,11 +62,18 @@ class DataSection(_Section):
     virial_key: str | None = Field(None, description="name of the virial, instead of a stress")
     energy_unit: str | None = Field(None, description="of energies and virials; eV, or what an npz file says")
     length_unit: str | None = Field(None, description="of positions and cells; Angstrom")
-    forces_unit: str | None = Field(None, description="the energy's over the length's; over Bohr for Hartree and Rydberg")
+    forces_unit: str | None = Field(
+        None, description="the energy's over the length's; over Bohr for Hartree and Rydberg"
+    )
     stress_unit: str | None = Field(None, description="the energy's over a volume, like forces")
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
     trust_units: bool = Field(False, description="take numbers that can hardly be in their unit, with a word")
     predictions_as_labels: bool = Field(False, description="take a model's predictions, as in md.xyz, for labels")
+    split: Literal["auto", "random", "blocks"] = Field(
+        "auto",
+        description="what is drawn to be held out: frames (`random`), pieces of files (`blocks`), or pieces where frames come in "
+        "sequence, as those of a trajectory do (`auto`)",
+    )
 
     @property
     def reading(self) -> Reading:

@@ -13,8 +13,19 @@ from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
-from forcedrop.structures import Frame, Problem, is_isolated_atom, isolated_energies, read_checked
+from forcedrop.structures import (
+    BadFrames,
+    Frame,
+    Problem,
+    is_isolated_atom,
+    isolated_energies,
+    read_checked,
+)
+from forcedrop.structures.compositions import basis, formula
+from forcedrop.structures.copies import Signature, copies, signatures
+from forcedrop.structures.prints import Prints
 from forcedrop.training.config import DataSection, TrainConfig
+from forcedrop.training.split import hold_out, make_units, rare
 
 
 @dataclass(frozen=True)
@@ -28,49 +39,151 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that training needs to know about the data."""
+    """Everything that training needs to know about the data.
+
+    Attributes:
+        split: what each frame is for.
+        elements: of the structures that train; an isolated atom alone teaches nothing about its element.
+        isolated: energy of each isolated atom [eV] by atomic number.
+        isolated_origin: where these come from.
+        compositions: whose combinations have energies that the data determine; None where all have.
+        energy_scale: unit of the network's output [eV/Å].
+        problems: of the frames that were dropped.
+        notes: what a user should know of the split, a sentence each.
+        prints: of the frames that train.
+    """
 
     split: Split
     elements: tuple[int, ...]
     isolated: dict[int, float]
     isolated_origin: str
+    compositions: list[dict[str, int]] | None
     energy_scale: float
     problems: list[Problem]
+    notes: list[str]
+    prints: Prints
 
 
 def prepare_data(config: TrainConfig, tell: Callable[[str], None] | None = None) -> Prepared:
     """Read, check and split the frames, and find the isolated-atom energies.
+
+    Copies of a structure, and pieces of a trajectory, stay on one side of the split; a copy that is held out counts once.
 
     Args:
         config: of the training.
         tell: gets each line on how the files were read; without it, what may be a mistake is a warning.
 
     Raises:
-        ValueError: if a frame is bad (and not skipped), a file has no labels, or too few frames remain to split.
+        BadFrames: if a frame is bad, or is to be held out and trains as well, unless such frames are to be skipped.
+        ValueError: if a file has no labels, or too few frames remain to split.
     """
-    data, cutoff, left = config.data, config.model.cutoff, 1.0
+    data, cutoff = config.data, config.model.cutoff
     frames, problems = read_labelled(data.train, data, labels_needed=True, tell=tell)
-    alone = [is_isolated_atom(f, cutoff) for f in frames]
+    singles = [f for f in frames if is_isolated_atom(f, cutoff)]
+    frames = [f for f in frames if not is_isolated_atom(f, cutoff)] or singles
     elements = tuple(sorted({int(z) for f in frames for z in f.z}))
+    known = [f for f in singles if int(f.z[0]) in elements]
     isolated, origin = isolated_energies(
-        frames, given=data.isolated_atoms, reading=data.reading, cutoff=cutoff, tell=tell
+        [*frames, *known], given=data.isolated_atoms, reading=data.reading, cutoff=cutoff, tell=tell
     )
-    frames = [f for f, single in zip(frames, alone, strict=True) if not single] or frames
+    signed = signatures(frames)
+    calibrates = config.gives_error_bars
+    drawn_validation = 0.0 if data.validation else data.validation_fraction
+    drawn_calibration = data.calibration_fraction if calibrates and not data.calibration else 0.0
+    units, notes = make_units(frames, signed, data.split, (drawn_validation, drawn_calibration))
+    notes += _unknown(singles, elements)
     generator = torch.Generator().manual_seed(config.seed)
-    if data.validation:
-        validation, more = read_labelled(data.validation, data, elements, labels_needed=True, tell=tell)
-        problems = problems + more
-    else:
-        frames, validation = _hold_out(frames, data.validation_fraction, generator)
-        left = 1 - data.validation_fraction
-    if data.calibration and config.gives_error_bars:
-        calibration, more = read_labelled(data.calibration, data, elements, labels_needed=True, tell=tell)
-        problems = problems + more
-    else:
-        share = data.calibration_fraction if config.gives_error_bars else 0.0
-        frames, calibration = _hold_out(frames, share / left, generator)
-    split = Split(frames, validation, calibration)
-    return Prepared(split, elements, isolated, origin, energy_scale(frames), problems)
+    roles: dict[str, list[Frame]] = {}
+    given: list[tuple[str, Sequence[Any] | None]] = [
+        ("validation", data.validation),
+        ("calibration", data.calibration if calibrates else None),
+    ]
+    before, signed_before = list(frames), list(signed)
+    for name, paths in given:
+        if paths:
+            own, own_signed, more = _held_out(paths, config, elements, before, signed_before, tell)
+            roles[name], problems = own, problems + more
+            before, signed_before = before + own, signed_before + own_signed
+    left = 1.0
+    for name, share in (("validation", drawn_validation), ("calibration", drawn_calibration)):
+        if name not in roles:
+            units, held = hold_out(units, share / left, generator, frames)
+            roles[name] = [frames[k] for k in sorted(k for unit in held for k in unit.frames)]
+            left -= share
+    chosen = sorted(k for unit in units for k in [*unit.frames, *unit.copies])
+    train = [frames[k] for k in chosen]
+    notes += rare(units, frames)
+    split = Split(train, roles["validation"], roles["calibration"])
+    spanning = basis([*train, *known])
+    determined = not origin.startswith(("fitted", "zero")) or len(spanning) == len(elements)
+    return Prepared(
+        split=split,
+        elements=elements,
+        isolated=isolated,
+        isolated_origin=origin,
+        compositions=None if determined else spanning,
+        energy_scale=energy_scale(train),
+        problems=problems,
+        notes=[*notes, *_undetermined(None if determined else spanning)],
+        prints=Prints.taken([signed[k] for k in chosen]),
+    )
+
+
+def _unknown(singles: Sequence[Frame], elements: Sequence[int]) -> list[str]:
+    """Say of which elements there is an isolated atom and nothing to learn from."""
+    lonely = sorted({int(f.z[0]) for f in singles} - set(elements))
+    if not lonely:
+        return []
+    names = ", ".join(chemical_symbols[z] for z in lonely)
+    return [
+        f"warning: an isolated atom is all there is of {names}: no structure to train on holds it, the model will not know it"
+    ]
+
+
+def _undetermined(compositions: Sequence[Mapping[str, int]] | None) -> list[str]:
+    """Say which energies mean nothing, if some do."""
+    if compositions is None:
+        return []
+    if not compositions:
+        return [
+            "warning: no frame has an energy: energies of the model mean nothing, only their differences at one composition do"
+        ]
+    names = ", ".join(formula(known) for known in compositions)
+    return [
+        f"warning: the energies of isolated atoms are not known, and the compositions ({names}) do not determine them: energies "
+        "of other compositions than these and their combinations will mean nothing; give `data.isolated_atoms`"
+    ]
+
+
+def _held_out(
+    paths: Sequence[Any],
+    config: TrainConfig,
+    elements: Sequence[int],
+    others: Sequence[Frame],
+    signed: Sequence[Signature],
+    tell: Callable[[str], None] | None,
+) -> tuple[list[Frame], list[Signature], list[Problem]]:
+    """Read files that are held out: each structure once, none that is among ``others``.
+
+    Raises:
+        BadFrames: if a structure is, unless bad frames are to be skipped; or nothing is left.
+    """
+    data, cutoff = config.data, config.model.cutoff
+    frames, problems = read_labelled(paths, data, elements, labels_needed=True, tell=tell)
+    own = signatures(frames)
+    first = copies([*others, *frames], [*signed, *own])[len(others) :]
+    shared = [
+        Problem(
+            frame.source, "copy", f"the same structure as {others[k].source}, which is used for something else already"
+        )
+        for frame, k in zip(frames, first.tolist(), strict=True)
+        if k < len(others) and not is_isolated_atom(frame, cutoff)
+    ]
+    hint = f"{len(shared)} of {len(frames)} frames to hold out are copies of frames that have another purpose"
+    if shared and (not data.skip_bad or len(shared) == len(frames)):
+        raise BadFrames(shared, hint=f"({hint}; `skip_bad: true` leaves them out)")
+    kept = [k for k in range(len(frames)) if first[k] == len(others) + k or is_isolated_atom(frames[k], cutoff)]
+    return [frames[k] for k in kept], [own[k] for k in kept], problems + shared
 
 
 def read_labelled(
@@ -90,15 +203,6 @@ def read_labelled(
         predictions="keep" if data.predictions_as_labels else "refuse",
         tell=tell,
     )
-
-
-def _hold_out(frames: list[Frame], fraction: float, generator: torch.Generator) -> tuple[list[Frame], list[Frame]]:
-    count = max(1, round(fraction * len(frames))) if fraction else 0
-    if len(frames) - count < 1:
-        raise ValueError(f"{len(frames)} frames are too few to hold out a share of {fraction}")
-    order = torch.randperm(len(frames), generator=generator).tolist()
-    held = set(order[:count])
-    return [f for i, f in enumerate(frames) if i not in held], [frames[i] for i in sorted(held)]
 
 
 def energy_scale(frames: Sequence[Frame]) -> float:

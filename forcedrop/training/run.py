@@ -8,10 +8,9 @@ import json
 import platform
 import signal
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +24,12 @@ import forcedrop
 from forcedrop.derive import geometry, pair_forces
 from forcedrop.files import load_tensors, save_tensors
 from forcedrop.graph import AtomicGraph, batch_graphs
-from forcedrop.model import TrainedModel, load_model, save_model
+from forcedrop.model import SAMPLES, TrainedModel, load_model, save_model
 from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
+from forcedrop.training.going_on import check_same, continued, from_start, settings_of, what_must_not_change
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
 from forcedrop.training.output import CHECKPOINT, LOG, MODEL, claim_training, remove_training
 from forcedrop.training.pairs import fit_baseline
@@ -37,6 +37,7 @@ from forcedrop.training.parallel import World, joined, own_device
 from forcedrop.training.start import with_shape_of_start
 from forcedrop.training.validate import Errors
 from forcedrop.uncertainty.calibrate import calibrate
+from forcedrop.uncertainty.errors import held_out_errors
 from forcedrop.uncertainty.method import Labels, find_functions
 
 _COLUMNS = (
@@ -64,7 +65,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     config = with_shape_of_start(config, resume=resume)
     with joined(own_device(config.device)) as world, _matrix_products("high" if config.tf32 else "highest"):
         trainer, data = _prepare(config, resume, overwrite, world)
-        _run(trainer, config, content_hash(data.split.train), resume)
+        _run(trainer, config, data, resume)
         try:
             if world.first:
                 return _finish(trainer, config, data)
@@ -81,14 +82,10 @@ def _prepare(config: TrainConfig, resume: bool, overwrite: bool, world: World) -
         claim_training(config, overwrite=overwrite, resume=resume)
     data = prepare_data(config, tqdm.write if world.first else _quiet)
     if state is not None:  # its weights are all there, whatever became of the model that it started from
-        config, data = (
-            config.model_copy(update={"start": None}),
-            replace(data, elements=tuple(state.get("elements", data.elements))),
-        )
+        check_same(state, config, data, out / CHECKPOINT)
+        config, data = config.model_copy(update={"start": None}), continued(data, state)
     elif config.start is not None:
-        _warn_of_start(config)
-    if state is not None and state["data_hash"] != content_hash(data.split.train):
-        raise ConfigError(f"the training data changed since {out / CHECKPOINT} was written")
+        data = from_start(data, config)
     if world.first:
         _describe(data)
     trainer = build_trainer(config, data, world)
@@ -184,31 +181,16 @@ def _start_weights(
     return potential
 
 
-def _warn_of_start(config: TrainConfig) -> None:
-    """Warn where the frames to calibrate on may have trained the network that is fine-tuned."""
-    if config.gives_error_bars and config.data.calibration_fraction and not config.data.calibration:
-        warnings.warn(
-            f"`start`: if {config.start} was trained on some of the same frames, those held out now to calibrate on are not new "
-            "to it and σ will be too small; give `data.calibration`",
-            stacklevel=4,
-        )
-
-
-def _run(trainer: Trainer, config: TrainConfig, data_hash: str, resume: bool) -> None:
+def _run(trainer: Trainer, config: TrainConfig, data: Prepared, resume: bool) -> None:
     """Run what is left; the first process shows a progress bar and writes logs and checkpoints."""
     out, start, before = config.output, time.monotonic(), trainer.progress.seconds
-    last_saved, first = start, trainer.world.first
+    last_saved, first, same = start, trainer.world.first, what_must_not_change(config, data)
 
     def save() -> None:
         trainer.progress.seconds = before + time.monotonic() - start
         if first:
-            state = {
-                "settings": _settings(config),
-                "data_hash": data_hash,
-                "elements": list(trainer.potential.elements),
-                "trainer": trainer.state_dict(),
-            }
-            save_tensors(state, out / CHECKPOINT)
+            known = {"elements": list(trainer.potential.elements), "trainer": trainer.state_dict()}
+            save_tensors({**same, **known}, out / CHECKPOINT)
 
     total = config.epochs * trainer.steps_per_epoch
     bar = tqdm(total=total, initial=trainer.steps_done, unit="step", smoothing=0.05, disable=not first)
@@ -264,15 +246,14 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
             "torch": str(torch.__version__),
             "machine": platform.machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "settings": _settings(config),
+            "settings": settings_of(config),
             "training_rates": asdict(config.dropout.rates),
             "training_set": {
                 "hash": content_hash(data.split.train),
                 **covered,
             },
-            "isolated_energies": {
-                "origin": data.isolated_origin if config.start is None else "the model it started from"
-            },
+            "prints": data.prints.to_dict(),
+            "isolated_energies": {"origin": data.isolated_origin, "compositions": data.compositions},
             "fine_tuned": config.start is not None,
             "training_seconds": trainer.progress.seconds,
             "last_epoch": dict(trainer.progress.history[-1]),
@@ -284,6 +265,8 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
         save_model(model, config.output / MODEL)  # whatever happens now, the weights are not lost
     labels = Labels(trainer.graphs, trainer.validation, stress=config.loss.stress > 0)
     model.uncertainty = find_functions(potential, method, labels)
+    n_samples = min(SAMPLES, model.n_functions or SAMPLES)
+    model.provenance["validation"] = held_out_errors(potential, trainer.validation, n_samples, model.seed)
     save_model(model, config.output / MODEL)
     if data.split.calibration and method.gives_error_bars:
         held = build_graphs(data.split.calibration, config.model.cutoff, model.dtype, "calibration lists")
@@ -298,26 +281,9 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
     return model
 
 
-def _settings(config: TrainConfig) -> str:
-    """Return what must not change between a training and its resumption.
-
-    Free is what belongs to the machine (device, compilation, TF32, number of processes); of the data, the hash says more than
-    the path.
-    """
-    free: Any = dict.fromkeys(("output", "start", "device", "workers", "compile", "tf32", "checkpoint_seconds"), True)
-    return config.model_dump_json(exclude={**free, "data": {"train", "validation", "calibration", "isolated_atoms"}})
-
-
 def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     path = config.output / CHECKPOINT
-    if not path.exists():
-        return None
-    state = load_tensors(path)
-    if state["settings"] != _settings(config):
-        old, new = json.loads(state["settings"]), json.loads(_settings(config))
-        differ = [key for key in new if old.get(key) != new[key]]
-        raise ConfigError(f"{path} was made with other settings; these differ: {', '.join(differ)}")
-    return state
+    return load_tensors(path) if path.exists() else None
 
 
 @contextmanager
@@ -385,6 +351,8 @@ def _describe(data: Prepared) -> None:
     split = data.split
     for problem in data.problems:
         tqdm.write(f"skipped: {problem}")
+    for note in data.notes:
+        tqdm.write(note)
     tqdm.write(
         f"{len(split.train)} frames to train on, {len(split.validation)} to validate, {len(split.calibration)} to "
         f"calibrate; force RMS {data.energy_scale:.3f} eV/Å; isolated-atom energies: {data.isolated_origin}"

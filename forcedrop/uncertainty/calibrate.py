@@ -15,6 +15,7 @@ from forcedrop.metrics import atom_norms, informative, nll
 from forcedrop.potential import EnergyModel
 from forcedrop.uncertainty.calibration import (
     CRITERIA,
+    FEWEST,
     Calibration,
     Growth,
     conformal_quantiles,
@@ -67,7 +68,7 @@ def calibrate(
         seed: of masks that are drawn.
 
     Raises:
-        ValueError: if the graphs carry neither forces nor energies.
+        ValueError: if the graphs carry neither forces nor energies, or there are fewer than 4 functions.
     """
     found = _predictions(potential, graphs, n_samples, seed)
     bound = [_bound(graph, potential.cutoff) for graph in graphs]
@@ -159,6 +160,10 @@ def _predictions(
     if n_samples is None:
         n_samples = min(potential.n_functions or SAMPLES, SAMPLES)
     require_functions(potential, n_samples)
+    if n_samples < FEWEST:
+        raise ValueError(
+            f"a calibration needs {FEWEST} functions or more, got {n_samples}: errors are any multiple of such a spread"
+        )
     predictions = predict_graphs(potential, graphs, n_samples=n_samples, seed=seed)
     return list(tqdm(predictions, total=len(graphs), desc="calibration", unit="frame", leave=False))
 

@@ -18,7 +18,17 @@ import numpy as np
 from ase.data import chemical_symbols
 
 CRITERIA = {"max_force": "eV/Å", "mean_force": "eV/Å", "energy_per_atom": "eV"}
-"""What frames are ranked by, and its unit: largest atomic force σ, mean atomic force σ, energy σ per atom."""
+"""What frames are ranked by, and its unit: largest atomic force σ, mean atomic force σ, energy σ per atom.
+
+The *atomic force σ* is that of the force on an atom as a vector, √tr Σ: the norm of the σ of its three components. Where σ of a
+component is meant, it is called that.
+"""
+MEANING = {
+    "max_force": "largest atomic force σ, the norm of its components' σ",
+    "mean_force": "mean of the atomic force σ",
+    "energy_per_atom": "σ of the energy over the number of atoms",
+}
+"""The criteria in words."""
 
 
 def fit_scale(error: np.ndarray, std: np.ndarray) -> float:
@@ -289,13 +299,19 @@ def deviations(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x.std(axis=0, ddof=1) for name, x in samples.items()}
 
 
+FEWEST = 4
+"""Functions below which there is no calibrated σ: the mean square of error over spread is infinite."""
+FEW = 8
+"""Functions below which σ says little."""
+
+
 def few_samples(k: int) -> float:
     r"""Return (K−1)/(K−3), the mean of σ²/s² when s² is the variance of K Gaussian samples, K at least 4.
 
     An error over a spread of few samples follows a Student distribution of K−1 degrees of freedom, whose variance this is: at
     K = 16 errors squared are on average 1.15 of the spread squared even when every sample is right.
     """
-    k = max(k, 4)
+    k = max(k, FEWEST)
     return (k - 1) / (k - 3)
 
 

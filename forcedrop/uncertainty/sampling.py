@@ -123,6 +123,7 @@ class FramePrediction:
         plain: the plain (weight-scaled) network's values by property.
         samples: the samples by property, sample axis first; empty where they were not kept.
         sigma: calibrated standard deviations by property; None without a calibration.
+        n_samples: of how many functions forces and stress have their σ.
     """
 
     mean: dict[str, np.ndarray]
@@ -130,6 +131,7 @@ class FramePrediction:
     plain: dict[str, np.ndarray]
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     sigma: dict[str, np.ndarray] | None = None
+    n_samples: int = 0
 
     @property
     def error_bars(self) -> dict[str, np.ndarray]:
@@ -152,7 +154,7 @@ def predict_graphs(
         plain = prediction.mean if potential.centred else derive(potential, batch)
         parts = [_split(values, batch) for values in (prediction.mean, prediction.std, plain, prediction.samples)]
         for mean, std, single, samples in zip(*parts, strict=True):
-            yield FramePrediction(mean, std, single, samples)
+            yield FramePrediction(mean, std, single, samples, n_samples=n_samples)
 
 
 def _split(values: Derived, batch: Batch) -> list[dict[str, np.ndarray]]:

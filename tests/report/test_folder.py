@@ -133,7 +133,7 @@ def test_active_learning(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     data = data_of(page)
     np.testing.assert_allclose(data["properties"]["largest force error"]["values"], [0.1 * 3**0.5] * 4, rtol=1e-3)
-    np.testing.assert_allclose(data["properties"]["σ of force"]["values"], [0.2 * 3**0.5] * 16, rtol=1e-3)
+    np.testing.assert_allclose(data["properties"]["atomic force σ"]["values"], [0.2 * 3**0.5] * 16, rtol=1e-3)
     assert data["settings"]["map"]["y"]["property"] == "largest force error"
     assert "The 2 start frames" in text
     assert "force rmse [eV/Å]" in text

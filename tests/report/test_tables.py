@@ -9,6 +9,7 @@ from forcedrop.evaluation import compare, evaluate, predict_frames, with_uncerta
 from forcedrop.model import TrainedModel, committee
 from forcedrop.potential import DropoutRates
 from forcedrop.report import comparison_rows, comparison_table, evaluation_table, format_table
+from forcedrop.uncertainty.calibrate import calibrate
 from forcedrop.uncertainty.calibration import Calibration, Growth, few_samples
 from forcedrop.uncertainty.sampling import predict
 from tests.conftest import batch_of, emt_frames, make_potential
@@ -118,26 +119,31 @@ def test_table_columns_line_up() -> None:
 
 
 def test_comparison_calibrates_all_alike_and_leaves_the_models_alone(trained) -> None:
-    other = replace(trained, potential=deepcopy(trained.potential))
-    with torch.no_grad():
-        other.potential.output.weight *= 1.1
-    models = {"one": trained, "two together": committee([trained, other])}
+    members = [trained]
+    for factor in (1.1, 0.9, 1.2):
+        members.append(replace(trained, potential=deepcopy(trained.potential)))
+        with torch.no_grad():
+            members[-1].potential.output.weight *= factor
+    models = {"one": trained, "four together": committee(members)}
     held, sets = emt_frames(6, seed=20), {"near": emt_frames(4, seed=21), "far": emt_frames(4, seed=22, scale=0.3)}
     before = trained.calibration
     found = compare(models, sets, held, n_samples=4)
     assert trained.calibration is before
-    assert models["two together"].calibration is None
-    again = compare(models, {"held": held}, held)["two together"]["held"]
+    ensemble = models["four together"]
+    assert ensemble.calibration is None
+    same = replace(ensemble, calibration=calibrate(ensemble.potential, ensemble.graphs(held)))
+    again = evaluate(same, held)
     assert np.mean((again.error["forces"] / again.sigma["forces"]) ** 2) == pytest.approx(1.0)
-    mean = np.mean([m.potential_forces for m in map(Plain, (trained, other))], axis=0)
+    mean = np.mean([m.potential_forces for m in map(Plain, members)], axis=0)
     expected = mean - np.concatenate([f.forces for f in sets["near"]])
-    np.testing.assert_allclose(found["two together"]["near"].error["forces"], expected.ravel(), atol=1e-9)
+    np.testing.assert_allclose(found["four together"]["near"].error["forces"], expected.ravel(), atol=1e-9)
     rows = comparison_rows(found)
     assert [(row["model"], row["set"]) for row in rows] == [(m, s) for m in models for s in sets]
     error = found["one"]["far"].error["forces"]
     assert rows[1]["forces_rmse_meV_A"] == pytest.approx(1e3 * np.sqrt(np.mean(error**2)), abs=1e-4)
     text = comparison_table(rows)
-    assert "two together" in text
+    assert "four together" in text
+    assert [(row["samples"], row["frames"]) for row in rows] == [(4, 4)] * 4
     assert f"{rows[1]['forces_rmse_meV_A']:.3g}" in text
 
 

@@ -44,20 +44,20 @@ def test_labelled_frames_exactly() -> None:
     sigma = [np.sqrt((f.arrays["forces_uncertainty"] ** 2).sum(1)) for f in frames]
     error = [np.sqrt(((f.arrays["forcedrop_forces"] - f.forces) ** 2).sum(1)) for f in frames]
     force = [np.sqrt((f.arrays["forcedrop_forces"] ** 2).sum(1)) for f in frames]
-    np.testing.assert_allclose(values(data, "σ of force"), np.concatenate(sigma), rtol=1e-4)
+    np.testing.assert_allclose(values(data, "atomic force σ"), np.concatenate(sigma), rtol=1e-4)
     np.testing.assert_allclose(values(data, "force error"), np.concatenate(error), rtol=1e-4)
     np.testing.assert_allclose(values(data, "force"), np.concatenate(force), rtol=1e-4)
-    np.testing.assert_allclose(values(data, "largest σ of force"), [s.max() for s in sigma], rtol=1e-4)
+    np.testing.assert_allclose(values(data, "largest atomic force σ"), [s.max() for s in sigma], rtol=1e-4)
     np.testing.assert_allclose(values(data, "largest force error"), [e.max() for e in error], rtol=1e-4)
     off = [(f.info["forcedrop_energy"] - f.energy) / 4 for f in frames]
     np.testing.assert_allclose(values(data, "energy error"), off, rtol=1e-4)
     np.testing.assert_allclose(values(data, "σ of energy"), [0.1, 0.2, 0.3, 0.4, 0.5])
     assert len(data["environments"]) == 20
     assert data["settings"]["pinned"] == [int(np.argmax([s.max() for s in sigma]))]
-    assert data["properties"]["σ of force"]["units"] == "eV/Å"
-    assert data["settings"]["structure"][0]["color"]["property"] == "σ of force"
+    assert data["properties"]["atomic force σ"]["units"] == "eV/Å"
+    assert data["settings"]["structure"][0]["color"]["property"] == "atomic force σ"
     assert data["settings"]["structure"][0]["unitCell"] is True
-    assert data["settings"]["map"]["x"]["property"] == "largest σ of force"
+    assert data["settings"]["map"]["x"]["property"] == "largest atomic force σ"
     assert data["settings"]["map"]["y"]["property"] == "largest force error"
 
 
@@ -70,7 +70,7 @@ def test_forces_of_dynamics_are_predictions(dynamics_folder: Path) -> None:
     expected = np.concatenate([np.linalg.norm(f.forces, axis=1) for f in frames])
     np.testing.assert_allclose(values(data, "force"), expected, rtol=1e-4)
     largest = [f.info["max_force_sigma_eV_A"] for f in frames]
-    np.testing.assert_allclose(values(data, "largest σ of force"), largest, rtol=1e-4)
+    np.testing.assert_allclose(values(data, "largest atomic force σ"), largest, rtol=1e-4)
     np.testing.assert_allclose(values(data, "temperature"), [f.info["temperature_K"] for f in frames], rtol=1e-4)
     assert "force error" not in data["properties"]
     words = ["flagged" if k in (2, 3) else "not flagged" for k in range(25)]
