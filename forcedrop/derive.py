@@ -57,8 +57,10 @@ def geometry(potential: EnergyModel, batch: Batch) -> tuple[GraphInputs, Tensor]
 def pair_forces(potential: EnergyModel, batch: Batch) -> Tensor:
     """Return the forces [eV/Å] of the pair energies below the network alone, shape (N, 3)."""
     graph, vec = geometry(potential, batch)
+    if (repulsion := potential.repulsion) is None:
+        return torch.zeros_like(batch.forces)
     r = lengths(vec)
-    energies, steep = with_slopes(lambda r: potential.pair_energies(r, graph), r)
+    energies, steep = with_slopes(lambda r: repulsion(r, graph.species, graph.nbr, potential.cutoff), r)
     return _assemble(potential, graph, vec, batch.volume, energies, (steep / r)[..., None] * vec).forces
 
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from forcedrop.dropout import DropoutSite, EdgeCutDropout, ExactDropout, SphericalDropout, frozen
 from forcedrop.graph import Batch
-from forcedrop.potential.baseline import PairBaseline
 from forcedrop.potential.limits import ClosestApproach, Presence
 from forcedrop.potential.linear import SphereNorm
 from forcedrop.potential.repulsion import Repulsion, TightBindingRepulsion, ZBLRepulsion
@@ -142,7 +141,6 @@ class EnergyModel(nn.Module):
         self.register_buffer("species_of_z", lookup, persistent=False)
         self.repulsion = repulsion_of(shape, elements)
         self.presence: Presence | None = Presence(elements)
-        self.baseline = None if self.repulsion is None else PairBaseline(len(elements), self.cutoff)
         self.approach = ClosestApproach(len(elements))
         self.correction: ExactDropout | None = None
         self.edges: EdgeCutDropout | None = None
@@ -368,19 +366,7 @@ class EnergyModel(nn.Module):
         if self.presence is not None:
             energy = energy * self.presence(r, graph.species, graph.nbr, self.cutoff)
         energy = energy * self.energy_scale
-        return energy if self.repulsion is None else energy + self.pair_energies(r, graph)
-
-    def pair_energies(self, r: Tensor, graph: GraphInputs) -> Tensor:
-        """Return each atom's half of the pair energies below the network [eV], shape (N,), from distances (N, M) [Å]."""
-        repulsion, baseline = self.repulsion, self.baseline
-        if repulsion is None:
-            return r.new_zeros(len(r))
-        energies: Tensor = repulsion(r, graph.species, graph.nbr, self.cutoff)
-        if baseline is None or not baseline.known:
-            return energies
-        if self.approach.known:
-            r = self.approach(r, graph.species, graph.nbr)
-        return energies + baseline(r, graph.species, graph.nbr)
+        return energy if self.repulsion is None else energy + self.repulsion(r, graph.species, graph.nbr, self.cutoff)
 
     def told(self, vec: Tensor, r: Tensor, graph: GraphInputs) -> Tensor:
         """Return the pair vectors (N, M, 3) that the network is told [Å], of the true ones and their lengths (N, M).

@@ -237,8 +237,8 @@ class SpherePotential(EnergyModel):
             energies, every = energies * share, every * share[:, None]
         energies = energies * self.energy_scale
         gradient.mul_(self.energy_scale)
-        if self.repulsion is not None:
-            below, steep = with_slopes(lambda r: self.pair_energies(r, graph), r)
+        if (repulsion := self.repulsion) is not None:
+            below, steep = with_slopes(lambda r: repulsion(r, graph.species, graph.nbr, self.cutoff), r)
             energies = energies + below
             gradient.add_(steep[..., None] * unit)
         return Gradients(energies, gradient), every

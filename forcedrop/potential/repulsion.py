@@ -1,4 +1,4 @@
-r"""Short-range repulsion of two nuclei, below the network: no parameters are trained, and all functions share it.
+r"""Short-range energies of pairs, below the network: not trained with it, and shared by all functions.
 
 At distances that no training structure has, a network says anything; a wall that is always there keeps atoms apart. What it
 takes off the labels is also what is hardest to learn, a steep function of one distance.
@@ -29,11 +29,14 @@ class Repulsion(nn.Module):
 
 
 class TightBindingRepulsion(Repulsion):
-    r"""The repulsion of GFN2-xTB, faded out smoothly between half the cutoff and the cutoff.
+    r"""The repulsion of GFN2-xTB and, as in Morse's potential, a share of its square root; faded out from half the cutoff on.
 
-    :math:`E = \frac{Z_a Z_b}{r} \exp(-\sqrt{\alpha_a \alpha_b}\, r^k)` in atomic units, k = 3/2,
-    but 1 where both atoms are H or He.
-    Source of formula and parameters: Bannwarth, Ehlert & Grimme, J. Chem. Theory Comput. 15, 1652 (2019), H to Rn.
+    :math:`E = R + c_{ab} \sqrt{R}` with :math:`R = \frac{Z_a Z_b}{r} \exp(-\sqrt{\alpha_a \alpha_b}\, r^k)` in atomic units,
+    k = 3/2, but 1 where both atoms are H or He. Source of R and its parameters: Bannwarth, Ehlert & Grimme, J. Chem. Theory
+    Comput. 15, 1652 (2019), H to Rn. That the attraction of a bond falls half as steeply as the repulsion: Morse, Phys. Rev. 34,
+    57 (1929). The coefficients c of pairs of elements, one each, are found by least squares on the training labels
+    (``training/pairs.py``): at the distances of bonds the two nearly cancel, so the network has less to learn than without them,
+    and far from these distances the sum is what a bond does: it lets go, or pushes.
 
     Raises:
         ValueError: for an element beyond Rn.
@@ -42,6 +45,7 @@ class TightBindingRepulsion(Repulsion):
     charge: Tensor
     alpha: Tensor
     light: Tensor
+    bond: Tensor
 
     def __init__(self, elements: Sequence[int]) -> None:
         super().__init__()
@@ -50,14 +54,21 @@ class TightBindingRepulsion(Repulsion):
         for name, values in (("charge", CHARGE), ("alpha", ALPHA)):
             self.register_buffer(name, torch.tensor([values[z - 1] for z in elements]), persistent=False)
         self.register_buffer("light", torch.tensor([z <= 2 for z in elements]), persistent=False)
+        self.register_buffer("bond", torch.zeros(len(elements), len(elements)))
 
-    def pair(self, r: Tensor, own: Tensor, other: Tensor, cutoff: float) -> Tensor:
-        """Return the energy of pairs [eV]; see the base."""
+    def parts(self, r: Tensor, own: Tensor, other: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+        """Return R [eV] and its root [√eV], both faded out, at distances ``r`` [Å]; arguments as of ``pair``."""
         x = r / Bohr
         power = torch.where(self.light[own] & self.light[other], x, x * x.sqrt())
         strength = (self.alpha[own] * self.alpha[other]).sqrt()
-        energy = Hartree * self.charge[own] * self.charge[other] / x * torch.exp(-strength * power)
-        return energy * (1 - smooth_step(2 * r / cutoff - 1))
+        root = (Hartree * self.charge[own] * self.charge[other] / x).sqrt() * torch.exp(-0.5 * strength * power)
+        there = 1 - smooth_step(2 * r / cutoff - 1)
+        return root * root * there, root * there
+
+    def pair(self, r: Tensor, own: Tensor, other: Tensor, cutoff: float) -> Tensor:
+        """Return the energy of pairs [eV]; see the base."""
+        wall, root = self.parts(r, own, other, cutoff)
+        return wall + self.bond[own, other] * root
 
 
 class ZBLRepulsion(Repulsion):

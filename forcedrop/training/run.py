@@ -32,7 +32,7 @@ from forcedrop.training.data import Prepared, build_graphs, content_hash, prepar
 from forcedrop.training.going_on import check_same, continued, from_start, settings_of, what_must_not_change
 from forcedrop.training.loop import Trainer, TrainingDiverged, TrainingInterrupted
 from forcedrop.training.output import CHECKPOINT, LOG, MODEL, claim_training, remove_training
-from forcedrop.training.pairs import fit_baseline
+from forcedrop.training.pairs import fit_bonds
 from forcedrop.training.parallel import World, joined, own_device
 from forcedrop.training.start import with_shape_of_start
 from forcedrop.training.validate import Errors
@@ -130,7 +130,7 @@ def build_potential(
     generator = torch.Generator().manual_seed(config.seed)
     pick = torch.randperm(len(graphs), generator=generator)[:64].tolist()
     batch = batch_graphs([graphs[i] for i in pick])
-    fit_baseline(potential, graphs)
+    fit_bonds(potential, graphs)
     if potential.repulsion is not None and bool(batch.has_forces.any()):
         own = (batch.forces - pair_forces(potential, batch))[batch.has_forces[batch.batch]]
         potential.energy_scale.copy_(own.square().mean().sqrt().clamp(min=1e-8))

@@ -90,7 +90,7 @@ class Ensemble(EnergyModel):
         members = [_plain(member) for member in members]
         first = members[0]
         super().__init__(first.shape, first.elements)
-        self.repulsion = self.baseline = self.presence = None  # members have their own
+        self.repulsion = self.presence = None  # members have their own
         self.energy_scale = torch.ones_like(first.energy_scale)  # as are their units
         self.isolated = torch.stack([member.isolated for member in members]).mean(0)
         self.members = nn.ModuleList(members)

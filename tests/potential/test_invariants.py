@@ -33,10 +33,12 @@ def cut_bank(kind: str) -> EnergyModel:
 
 
 def too_close(kind: str) -> EnergyModel:
-    """Functions of a network that was trained at larger distances than some of those in the test's structures."""
+    """Functions above a pair potential, of a network that knows larger distances than some of those in the test's structures."""
     potential = banked_potential(kind=kind)
     z = potential.elements
     potential.set_shortest({(a, b): {2: 1.0, 7: 1.4, 12: 2.0}.get(a + b, 2.9) for a in z for b in z})
+    weight = torch.randn(len(z), len(z), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    potential.repulsion.bond.copy_(weight + weight.T)
     return potential
 
 
