@@ -26,7 +26,7 @@ from forcedrop.training.config import ConfigError, parse_config, read_yaml
 from tests.conftest import banked_potential, ethanol, settings
 from tests.fuzz.inputs import labelled
 
-BODY = "\n".join(f"H 0 0 {k} 0.1 0.0 0.0" for k in range(3))
+BODY = "\n".join(f"H 0 0 {k} 0.1 0.0 0.0" for k in (0, 0.7, 1.5))
 
 
 def frame(energy: str = "energy=-1.5", count: str = "3", body: str = BODY) -> str:
@@ -37,14 +37,14 @@ GOOD = frame()
 DAMAGED = {
     "cut behind its first line": (GOOD + GOOD + "3\n", 2, "declares 3 atoms, and the file ends there"),
     "cut in its atoms": (GOOD + GOOD + frame(body="H 0 0 0 0 0 0"), 2, "declares 3 atoms, the file ends after 1"),
-    "two numbers for the energy": (GOOD + frame('energy="0.1 0.2"') + GOOD, 1, "a single number is wanted"),
-    "a decimal comma": (GOOD + frame('energy="-1,5"') + GOOD, 1, "a single number is wanted"),
-    "a word for the energy": (GOOD + frame("energy=unknown") + GOOD, 1, "energy = 'unknown'"),
+    "two numbers for the energy": (GOOD + frame('energy="0.1 0.2"') + GOOD, 1, "an energy must be one number"),
+    "a decimal comma": (GOOD + frame('energy="-1,5"') + GOOD, 1, "an energy must be one number"),
+    "a word for the energy": (GOOD + frame("energy=unknown") + GOOD, 1, "numbers are wanted, got 'unknown'"),
     "an atom too few": (GOOD + frame(count="4") + GOOD, 1, "declares 4 atoms, there are only 3"),
     "an atom too many": (GOOD + frame(count="2") + GOOD, 1, "a line with a number of atoms should follow"),
-    "a word for a position": (GOOD + frame(body=BODY.replace("0 0 1", "0 0 x")) + GOOD, 1, "could not convert"),
+    "a word for a position": (GOOD + frame(body=BODY.replace("0 0 0.7", "0 0 x")) + GOOD, 1, "could not convert"),
     "a column too few": (GOOD + frame(body=BODY.replace("0.1 0.0 0.0", "0.1")) + GOOD, 1, "declare 7 columns"),
-    "an unknown element": (GOOD + frame(body=BODY.replace("H 0 0 1", "Zz 0 0 1")) + GOOD, 1, "Zz"),
+    "an unknown element": (GOOD + frame(body=BODY.replace("H 0 0 0.7", "Zz 0 0 0.7")) + GOOD, 1, "Zz"),
     "a count of letters": (GOOD + GOOD + frame(count="three"), 1, "number of atoms should follow"),
 }
 

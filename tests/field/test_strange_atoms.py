@@ -23,7 +23,7 @@ from tests.conftest import banked_potential, ethanol
 
 @pytest.fixture(scope="module")
 def calculator() -> DropoutCalculator:
-    return DropoutCalculator(TrainedModel(banked_potential()), n_samples=2, device="cpu")
+    return DropoutCalculator(TrainedModel(banked_potential()), n_samples=8, device="cpu")
 
 
 def copper(calculator: DropoutCalculator) -> Atoms:

@@ -73,7 +73,7 @@ def use(category: str, path: Path, calculator: DropoutCalculator | None) -> None
         with door(path, "describe"):  # as `forcedrop info` does
             describe_model(model)
         atoms = labelled(False)
-        atoms.calc = DropoutCalculator(model, n_samples=2, device="cpu")
+        atoms.calc = DropoutCalculator(model, n_samples=8, device="cpu")
         assert np.isfinite(atoms.get_potential_energy()), "energy is not finite"
         assert np.isfinite(atoms.calc.results["forces_uncertainty" if model.calibration else "forces_std"]).all(), "σ"
         if category == "model" and calculator is not None:
@@ -152,7 +152,7 @@ def run(category: str, indices: Iterable[int], folder: Path, keep: Path | None =
     valid = seeds(folder)
     model = folder / "right.pt"
     model.write_bytes(valid["model"][0][1])
-    calculator = DropoutCalculator(model, n_samples=2, device="cpu")
+    calculator = DropoutCalculator(model, n_samples=8, device="cpu")
     (folder / f"{EVIL}.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\nclass Evil:\n    pass\n")
     outcome, todo = Outcome(), list(indices)
     while todo:
