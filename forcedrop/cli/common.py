@@ -80,10 +80,13 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 def _sentence(error: Exception) -> str:
     """Return what to say about an error: its own words, if it was written to be read, else that it is not the user's fault."""
-    if isinstance(error, MemoryError):
-        return str(error) or "there is not enough memory"
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError) or (isinstance(error, MemoryError) and str(error)):
         return str(error)
+    if isinstance(error, RuntimeError | MemoryError):
+        from forcedrop.devices import out_of_memory
+
+        if out_of_memory(error):
+            return "there is not enough memory; take fewer atoms, functions (--samples) or frames at once"
     text = one_line(f"{type(error).__name__}: {error}")
     return f"{text} (not foreseen, which is a fault of forcedrop; FORCEDROP_TRACEBACK=1 shows where)"
 

@@ -17,12 +17,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from forcedrop.active.state import State
 from forcedrop.cli import app
+from forcedrop.md.recorder import read_rows
 from forcedrop.md.restart import Restart
 from forcedrop.model import TrainedModel, load_model, save_model
 from forcedrop.structures import BadFrames, read_checked, read_frames
 from forcedrop.structures.streaming import structures_in
 from forcedrop.training.config import ConfigError, parse_config, read_yaml
+from forcedrop.training.loop import Progress
 from tests.conftest import banked_potential, ethanol, settings
 from tests.fuzz.inputs import labelled
 
@@ -312,6 +315,20 @@ def test_an_unforeseen_error_is_one_line_too(tmp_path: Path, monkeypatch: pytest
     assert CliRunner().invoke(app, ["info", "a.xyz"]).exit_code == 1
 
 
+def test_too_little_memory_is_no_fault_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    import forcedrop.structures
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
+
+    monkeypatch.setattr(forcedrop.structures, "read_checked", full)
+    found = CliRunner().invoke(app, ["info", "a.xyz"])
+    assert (found.exit_code, found.stderr.count("\n")) == (1, 1)
+    assert found.stderr.startswith("error: there is not enough memory; take fewer atoms")
+
+
 def test_an_npz_that_lies_about_its_size(tmp_path: Path) -> None:
     out = io.BytesIO()
     np.savez(out, R=np.zeros((1, 3, 3)), z=np.array([1, 1, 8]))
@@ -319,3 +336,39 @@ def test_an_npz_that_lies_about_its_size(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.npz"):
         read_frames(tmp_path / "a.npz")
+
+
+# what a killed run or loop left
+
+
+@pytest.mark.parametrize(
+    "text", ["step,time_fs\n1,x\n", "step,time_fs\n1\n", "step\n1,2\n", "step\n\x00\n", "step\n\xff\n"]
+)
+def test_rows_of_dynamics_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "md.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"md\.csv"):
+        read_rows(tmp_path / "md.csv")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"x"', "\xff"])
+def test_the_state_of_a_loop_that_is_none(tmp_path: Path, text: str) -> None:
+    state = State(tmp_path)
+    state.finish(1, "pick", {"picked": 2})
+    with pytest.raises(ValueError, match=r"pick\.json lacks 'ready'"):
+        state.result(1, "pick")["ready"]
+    (state.round(1) / "pick.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pick\.json"):
+        state.result(1, "pick")
+    state.journal.note(event="label", key="a")
+    with state.journal.path.open("ab") as stream:
+        stream.write(b"[1]\n\xff\n")
+    assert [line["key"] for line in state.journal.read()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"epoch": -1}, {"step": 1.5}, {"best_loss": float("nan")}, {"done": "no"}, {"history": None}]
+)
+def test_progress_that_is_none(change: dict) -> None:
+    Progress().check()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Progress(**change).check()
