@@ -17,11 +17,12 @@ from ase.symbols import Symbols
 from torch import Tensor
 
 from forcedrop.derive import Derived, derive
-from forcedrop.devices import pick_device
+from forcedrop.devices import enough_memory, pick_device
 from forcedrop.dropout import frozen
 from forcedrop.graph import Batch, NeighbourFinder, batch_graphs, build_graph
 from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame
+from forcedrop.structures.search import check_geometry
 from forcedrop.uncertainty.calibration import deviations, force_covariance
 from forcedrop.uncertainty.sampling import MAX_MEMORY, Prediction, predict
 
@@ -125,8 +126,10 @@ class DropoutCalculator(Calculator):
         """Fill ``results`` for ``atoms``.
 
         Raises:
-            ValueError: for an element that the model does not know, or positions that are not finite.
+            ValueError: for an element that the model does not know, positions or a cell that are not finite or absurdly large, a
+                cell that does not fit the periodic directions, or atoms in one place.
             PropertyNotImplementedError: for a stress without a periodic cell, or a σ that needs a calibration.
+            MemoryError: for more atoms than fit; the message says what needs less.
         """
         super().calculate(atoms, list(properties), list(system_changes))
         present: Any = self.atoms
@@ -134,6 +137,20 @@ class DropoutCalculator(Calculator):
         periodic = bool(frame.pbc.any()) and frame.volume > 0
         self._refuse(properties, periodic)
         self._warn_of_energy(frame.z)
+        with enough_memory(
+            f"{len(frame)} atoms", "fewer atoms, `dtype=torch.float32`, fewer samples or a smaller `max_memory`"
+        ):
+            results = self._results(frame, properties, system_changes)
+        results = {k: v for k, v in results.items() if periodic or not k.startswith(_CELL)}
+        for name, value in results.items():
+            if not name.endswith(("ensemble", "covariance")) and not np.isfinite(value).all():
+                raise ValueError(
+                    f"the model's {name} of these atoms are not finite: is a structure like this possible?"
+                )
+        self.results = results
+
+    def _results(self, frame: Frame, properties: Sequence[str], system_changes: Sequence[str]) -> dict[str, Any]:
+        """Return means and spreads."""
         batch = batch_graphs([build_graph(frame, self._finder, self.potential.dtype)]).to(self.device)
         asked = any(name.rpartition("_")[2] in ("std", "uncertainty", "covariance", "ensemble") for name in properties)
         due = self._evaluations % self.uncertainty_every == 0
@@ -149,7 +166,7 @@ class DropoutCalculator(Calculator):
         best = prediction.mean if prediction and self.uncertainty_every == 1 else self._sample(batch)
         results.update(_single(best, ""))
         results["free_energy"] = results["energy"]
-        self.results = {k: v for k, v in results.items() if periodic or not k.startswith(_CELL)}
+        return results
 
     def _sample(self, batch: Batch) -> Derived:
         """Return the plain network, where it is the mean; else the first function, which was trained."""
@@ -177,15 +194,16 @@ class DropoutCalculator(Calculator):
 
     def _checked(self, frame: Frame) -> Frame:
         known = self.model.elements
-        for index, z in enumerate(frame.z):
-            if int(z) not in known:
-                names = ", ".join(chemical_symbols[e] for e in known)
-                raise ValueError(f"atom {index} is {chemical_symbols[z]}; the model knows {names}")
-        bad = np.flatnonzero(~np.isfinite(frame.pos).all(axis=1))
-        if len(bad):
-            raise ValueError(f"the position of atom {bad[0]} is not finite: {frame.pos[bad[0]]}")
         if len(frame) == 0:
             raise ValueError("there are no atoms to calculate")
+        if not (usable := np.isin(frame.z, known)).all():
+            index = int(np.argmin(usable))
+            z, names = int(frame.z[index]), ", ".join(chemical_symbols[e] for e in known)
+            what = (
+                chemical_symbols[z] if 0 < z < len(chemical_symbols) else f"of atomic number {z}, which is no element"
+            )
+            raise ValueError(f"atom {index} is {what}; the model knows {names}")
+        check_geometry(frame.pos, frame.cell)
         return frame
 
     def _warn_of_energy(self, z: np.ndarray) -> None:

@@ -7,12 +7,14 @@ A reader, or whoever comes after a kill, finds the old file or the new one. What
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from forcedrop.door import Refused, check_zip, door, reason
 
 
 def claim(
@@ -142,19 +144,25 @@ def save_tensors(values: dict[str, Any], path: str | Path) -> None:
 
 
 def load_tensors(path: str | Path) -> dict[str, Any]:
-    """Read tensors and plain values only (``weights_only=True``).
+    """Read tensors and plain values only (``weights_only=True``), from a file whose checksums are right.
 
     Raises:
-        ValueError: if the file is not there or holds anything else.
+        ValueError: if the file is not there, is damaged, or holds anything else.
     """
     import torch
 
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a forcedrop model or checkpoint, or is damaged") from error
+    other = f"{path} is not a forcedrop model or checkpoint, or is damaged"
+    with door(path):
+        if not zipfile.is_zipfile(path):
+            raise Refused(other)
+        check_zip(path)
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise Refused(f"{other} ({reason(error)})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a forcedrop model or checkpoint")
     return values

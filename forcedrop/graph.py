@@ -34,10 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from vesin import NeighborList
 
-from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.frame import Frame
+from forcedrop.structures.search import PairSearch
 
 
 @dataclass(eq=False)
@@ -115,7 +114,7 @@ class Batch(_Fields):
 
 
 class NeighbourFinder:
-    """Neighbour lists from vesin, with a Verlet skin that is reused from call to call.
+    """Symmetric neighbour lists, with a Verlet skin that is reused from call to call.
 
     The list that comes out does not depend on the calls before: pairs within the cutoff only, in a fixed order.
 
@@ -127,18 +126,22 @@ class NeighbourFinder:
     def __init__(self, cutoff: float, skin: float = 0.0) -> None:
         self.cutoff = float(cutoff)
         self.skin = float(skin)
-        self._list = NeighborList(cutoff=self.cutoff, full_list=False, skin=self.skin)
-        self._n_atoms: int | None = None
+        self._search = PairSearch(self.cutoff, self.skin)
 
-    def __call__(self, pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ``edge_index`` (2, E), ``edge_shift`` (E, 3) and ``edge_reverse`` (E,), all int64."""
-        n = len(pos)
-        if self._n_atoms not in (None, n):  # the skin of another structure is of no use
-            self._list = NeighborList(cutoff=self.cutoff, full_list=False, skin=self.skin)
-        self._n_atoms = n
-        box = complete_cell(cell, pbc)
-        i, j, shift = self._list.compute(points=pos, box=box, periodic=np.asarray(pbc, bool), quantities="ijS")
-        i, j, shift = i.astype(np.int64), j.astype(np.int64), shift.astype(np.int64)
+    def __call__(
+        self, pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, *, closest: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ``edge_index`` (2, E), ``edge_shift`` (E, 3) and ``edge_reverse`` (E,), all int64.
+
+        Raises:
+            ValueError: if positions or cell are not finite, do not fit the periodic directions or crowd the atoms beyond reason,
+                or two atoms are nearer than ``closest`` [Å].
+        """
+        pairs = self._search(pos, cell, pbc)
+        if closest > 0 and pairs.d.size and pairs.d.min() < closest:
+            one, other, distance = pairs.nearest()
+            raise ValueError(f"atoms {one} and {other} are {distance:.3f} Å apart, less than {closest} Å")
+        i, j, shift = pairs.i, pairs.j, pairs.shift
         half = len(i)
         first, second = np.concatenate([i, j]), np.concatenate([j, i])
         shifts = np.concatenate([shift, -shift])
@@ -148,6 +151,9 @@ class NeighbourFinder:
         reverse = place[(order + half) % (2 * half)] if half else place
         return np.stack([first[order], second[order]]), shifts[order], reverse
 
+
+CLOSEST = 0.05
+"""Atoms nearer than this [Å] are in one place: no direction from one to the other, and nothing to be learned."""
 
 SIGHT = 0.8
 """Of the cutoff: what a network makes of a neighbour fades to nothing towards it. Where all are beyond, force and spread are down
@@ -168,10 +174,11 @@ def build_graph(frame: Frame, finder: NeighbourFinder, dtype: torch.dtype = torc
     """Return the graph of one frame; forces and stress in ``dtype``, positions, cell and energies in float64.
 
     Raises:
-        ValueError: if the cell does not fit the periodic directions; the message names the frame's source.
+        ValueError: for what :class:`NeighbourFinder` cannot search, or two atoms in one place; the message names the frame's
+            source.
     """
     try:
-        edge_index, edge_shift, reverse = finder(frame.pos, frame.cell, frame.pbc)
+        edge_index, edge_shift, reverse = finder(frame.pos, frame.cell, frame.pbc, closest=CLOSEST)
     except ValueError as error:
         raise ValueError(f"{frame.source}: {error}") from error
     n = len(frame)

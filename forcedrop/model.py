@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 import forcedrop
+from forcedrop.door import door, one_line, short
 from forcedrop.files import load_tensors, save_tensors
 from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
+from forcedrop.model_checks import check_model, read_calibration
 from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame, check_frames
 from forcedrop.structures.checks import BadFrames
@@ -294,39 +296,57 @@ def load_model(path: str | Path | Sequence[str | Path], device: str | torch.devi
         return committee([load_model(one, device) for one in path])
     values = load_tensors(path)
     if "format" not in values or "weights" not in values:
-        raise ValueError(f"{path} is not a forcedrop model (it holds {', '.join(map(str, values))})")
+        raise ValueError(f"{path} is not a forcedrop model (it holds {short(list(values))})")
+    if not isinstance(values["format"], int):
+        raise ValueError(f"{path} has format {short(values['format'])}, which is no number")
     if values["format"] > FORMAT:
         raise ValueError(f"{path} has format {values['format']}, this forcedrop reads up to {FORMAT}: please update")
     if values["format"] < 4:
         raise ValueError(
             f"{path} has format {values['format']}, of a network that this forcedrop no longer has: please train it anew"
         )
-    if values["format"] == 4:
-        values = _from_format_4(values)
-    if values["format"] < 6:
-        values = {**values, "network": _without_limits(values["network"])}
-    try:
-        potential = _build(values["network"])
-        potential.to(
-            next(x.dtype for name, x in values["weights"].items() if x.is_floating_point() and "isolated" not in name)
-        )
-        weights = values["weights"]
+    with door(path):
+        if values["format"] == 4:
+            values = _from_format_4(values)
         if values["format"] < 6:
-            fresh = potential.state_dict()
-            weights = {n: x for n, x in fresh.items() if n.endswith("approach.shortest")} | weights
+            values = {**values, "network": _without_limits(values["network"])}
+        check_model(values)
+        model = _made_of(values, path)
+    model.potential = model.potential.to(device).eval()
+    return model
+
+
+def _made_of(values: Mapping[str, Any], path: str | Path) -> TrainedModel:
+    """Return the model that the checked values of a file describe.
+
+    Raises:
+        ValueError: naming the file, if they do not fit together.
+    """
+    wrong = f"{path}: its weights or its bank of functions do not fit its network"
+    weights = values["weights"]
+    dtypes = {x.dtype for name, x in weights.items() if "isolated" not in name}
+    try:
+        if len(dtypes) != 1:
+            raise ValueError(f"they are of {len(dtypes)} precisions")
+        potential = _build(values["network"]).to(dtypes.pop())
+        if values["format"] < 6:
+            weights = {n: x for n, x in potential.state_dict().items() if n.endswith("approach.shortest")} | dict(
+                weights
+            )
         potential.load_state_dict(weights)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: its weights or its bank of functions do not fit its network: {reason}") from None
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{wrong}: {one_line(lines[-1])}") from None
+    sites = potential.inner_sites
     for name, rate in values["rates"].items():
-        potential.get_submodule(name).p = rate
-    calibration = values["calibration"]
-    return TrainedModel(
-        potential=potential.to(device).eval(),
-        calibration=Calibration.from_dict(calibration) if calibration else None,
-        uncertainty=values["uncertainty"],
-        provenance=values["provenance"],
-    )
+        if name not in sites:
+            raise ValueError(f"{path}: `rates`: the network has no dropout site {short(name)}")
+        sites[name].p = rate
+    said, there = values["uncertainty"].get("functions"), potential.n_functions
+    if None not in (said, there) and said != there:
+        raise ValueError(f"{path}: it is to have {short(said)} functions, its bank holds {there}")
+    calibration = read_calibration(values["calibration"])
+    return TrainedModel(potential.eval(), calibration, dict(values["uncertainty"]), dict(values["provenance"]))
 
 
 def _describe(potential: EnergyModel) -> dict[str, Any]:

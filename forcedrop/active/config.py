@@ -7,14 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from forcedrop.training import ConfigError, TrainConfig, parse_config
-from forcedrop.training.config import explain, read_yaml
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from forcedrop.training.config import Section, explain, read_yaml
 
 
 def _listed(values: int | list[int]) -> list[int]:
@@ -26,7 +22,7 @@ def _of_round(values: int | list[int], number: int) -> int:
     return _listed(values)[min(number, len(_listed(values))) - 1]
 
 
-class StartSection(_Section):
+class StartSection(Section):
     """What is known at first."""
 
     files: list[Path] = Field(description="labelled frames, or structures to label", min_length=1)
@@ -34,7 +30,7 @@ class StartSection(_Section):
     relabel: bool = Field(False, description="label all of them with the oracle; otherwise only those without labels")
 
 
-class OracleSection(_Section):
+class OracleSection(Section):
     """The reference method."""
 
     name: str = Field(description="emt, tblite:GFN2-xTB (or another method), or module:function")
@@ -44,7 +40,7 @@ class OracleSection(_Section):
     )
 
 
-class RetrainingSection(_Section):
+class RetrainingSection(Section):
     """How long a round trains, on all labels; the rest is in `training`."""
 
     steps: int | list[int] | None = Field(
@@ -68,7 +64,7 @@ class RetrainingSection(_Section):
         return self
 
 
-class ExploreSection(_Section):
+class ExploreSection(Section):
     """Dynamics with the model of the round."""
 
     temperatures: list[float] = Field(min_length=1, description="of thermostat and first velocities [K]")
@@ -97,7 +93,7 @@ class ExploreSection(_Section):
     workers: int = Field(1, ge=1, description="runs at once")
 
 
-class PickSection(_Section):
+class PickSection(Section):
     """What is labelled next."""
 
     batch: int | list[int] = Field(20, description="labels a round; a list is by round, its last entry for those after")
@@ -128,7 +124,7 @@ class PickSection(_Section):
         return _of_round(self.batch, number)
 
 
-class LabelSection(_Section):
+class LabelSection(Section):
     """Where labels are computed, and which are believed."""
 
     workers: int = Field(1, ge=1, description="labels at once")
@@ -140,7 +136,7 @@ class LabelSection(_Section):
     stress: bool = Field(True, description="of periodic structures, where the oracle has it")
 
 
-class StopSection(_Section):
+class StopSection(Section):
     """When it is over."""
 
     labels: int = Field(description="the budget: labels in all, those of the start frames included", ge=1)
@@ -151,7 +147,7 @@ class StopSection(_Section):
     rounds: int = Field(100, ge=1, description="at most")
 
 
-class ActiveConfig(_Section):
+class ActiveConfig(Section):
     """The whole file."""
 
     state: Path = Field(description="folder of everything the loop knows and makes")
@@ -208,7 +204,8 @@ class ActiveConfig(_Section):
             data["isolated_atoms"] = str(self.folder / data["isolated_atoms"])
         data |= {name: [str(path) for path in paths] for name, paths in files.items() if paths}
         values = {**self.training, "data": data, "output": str(output), "start": start}
-        values["seed"] = int(self.training.get("seed", 0)) + member
+        seed = self.training.get("seed", 0)
+        values["seed"] = seed + member if isinstance(seed, int) else seed
         config, retraining = parse_config(values, source="`training`"), self.retraining
         steps = None if retraining.steps is None else _of_round(retraining.steps, number)
         if start is not None:

@@ -69,7 +69,7 @@ class ActiveLoop:
         oracle = config.oracle
         self.oracle: Oracle = find_oracle(oracle.name, oracle.settings, oracle.retry_settings, config.folder.resolve())
         same = json.loads(json.dumps({"oracle": oracle.name, "settings": oracle.settings}, default=str))
-        before = read_json(self.state.folder / "loop.json")
+        before: Any = read_json(self.state.folder / "loop.json")
         if before is not None and before != same and self.state.has_labels():
             raise ConfigError(
                 f"{self.state.folder} holds labels of {before}, this file asks for {same}: choose another `state`"

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from forcedrop.door import Refused, door, short
 from forcedrop.files import remove_parts, whole
 from forcedrop.structures import Frame, FrameStore
 
@@ -62,8 +63,26 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what :func:`write_json` wrote, or None if there is nothing."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Return what :func:`write_json` wrote, or None if there is nothing.
+
+    Raises:
+        ValueError: naming the file, if it is not JSON, or later, if something is looked for that it lacks.
+    """
+    if not path.exists():
+        return None
+    with door(path):
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Record(values, path))
+
+
+class _Record(dict[str, Any]):
+    """Names and values from a file, which an error about a missing one names."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise Refused(f"{self._path} lacks {short(name)}: is it damaged?")
 
 
 class Journal:
@@ -88,11 +107,13 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """Return all lines; one that a kill cut in two is left out."""
         found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []:
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(values, dict):
+                found.append(values)
         return found
 
 
@@ -117,8 +138,13 @@ class State:
         return self.folder / "rounds" / f"{number:03d}"
 
     def result(self, number: int, stage: str) -> Any:
-        """Return what a stage left at its end; None if it is not over."""
-        return read_json(self.round(number) / f"{stage}.json")
+        """Return what a stage left at its end; None if it is not over.
+
+        Raises:
+            ValueError: naming the file, if it holds anything but names and values.
+        """
+        path = self.round(number) / f"{stage}.json"
+        return _named(read_json(path), path)
 
     def finish(self, number: int, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Note that a stage is over, and what it found."""
@@ -154,8 +180,9 @@ class State:
 
     def records(self, number: int) -> dict[str, dict[str, Any]]:
         """Return the labels of a round, and the failures, by key."""
-        found = [read_json(path) for path in sorted((self.round(number) / "labels").glob("[!.]*.json"))]
-        return {record["key"]: record for record in found}
+        paths = sorted((self.round(number) / "labels").glob("[!.]*.json"))
+        found = [_named(read_json(path), path) for path in paths]
+        return {str(record["key"]): record for record in found}
 
     def has_labels(self) -> bool:
         """Return whether anything has got a label."""
@@ -166,6 +193,13 @@ class State:
         """Return the keys of all structures that were labelled, or could not be."""
         keys = {frame_key(frame) for frame in self.frames()}
         return keys.union(*(self.records(number) for number in self.rounds()))
+
+
+def _named(values: Any, path: Path) -> Any:
+    """Return values that must have names, or None."""
+    if values is not None and not isinstance(values, dict):
+        raise Refused(f"{path} must hold names and values, got {short(values)}")
+    return values
 
 
 def write_frames_atomically(path: Path, frames: list[Frame], provenance: dict[str, Any] | None = None) -> None:

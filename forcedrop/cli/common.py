@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
+
+from forcedrop.door import one_line
 
 if TYPE_CHECKING:
     from forcedrop.structures.predictions import Use
@@ -51,7 +55,10 @@ LengthUnit = Annotated[
 
 
 def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors that users cause into one clear message and exit status 1 (130 when interrupted)."""
+    """Turn errors into one clear message and exit status 1 (130 when interrupted).
+
+    A fault of the program is said to be one; ``FORCEDROP_TRACEBACK=1`` in the environment shows where any error comes from.
+    """
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -60,11 +67,28 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as error:
             typer.echo(f"\n{str(error) or 'interrupted'}", err=True)
             raise typer.Exit(130) from None
-        except (ValueError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            typer.echo(f"error: {_sentence(error)}", err=True)
+            if os.environ.get("FORCEDROP_TRACEBACK"):
+                traceback.print_exception(error)
             raise typer.Exit(1) from None
 
     return guarded
+
+
+def _sentence(error: Exception) -> str:
+    """Return what to say about an error: its own words, if it was written to be read, else that it is not the user's fault."""
+    if isinstance(error, ValueError | OSError) or (isinstance(error, MemoryError) and str(error)):
+        return str(error)
+    if isinstance(error, RuntimeError | MemoryError):
+        from forcedrop.devices import out_of_memory
+
+        if out_of_memory(error):
+            return "there is not enough memory; take fewer atoms, functions (--samples) or frames at once"
+    text = one_line(f"{type(error).__name__}: {error}")
+    return f"{text} (not foreseen, which is a fault of forcedrop; FORCEDROP_TRACEBACK=1 shows where)"
 
 
 def that_trains(command: Callable[P, None]) -> Callable[P, None]:

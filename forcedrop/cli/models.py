@@ -217,12 +217,14 @@ def info(
     reading: Any,
 ) -> None:
     """Say what is in a model file or a file of structures."""
+    from forcedrop.door import door
     from forcedrop.report import describe_frames, describe_model
 
     if path.suffix == ".pt":
         from forcedrop.model import load_model
 
-        typer.echo(describe_model(load_model(path)))
+        with door(path, "describe"):
+            typer.echo(describe_model(load_model(path)))
         return
     from forcedrop.structures.predictions import predicted
 

@@ -54,7 +54,7 @@ def predict(
     loaded = load(model, device)
     loaded.functions_for(samples, mask_seed)
     bad, count = _look(files, loaded.elements, length_unit, skip_bad)
-    frames = (frame for frame in _structures(files, length_unit) if frame.source not in bad)
+    frames = (frame for frame in _structures(files, length_unit, []) if frame.source not in bad)
     with frames_writer(output) as write, tqdm(total=count, desc="predict", unit="frame") as bar:
         for frame in predicted_frames(loaded, frames, n_samples=samples, seed=mask_seed):
             write([frame])
@@ -62,11 +62,11 @@ def predict(
     typer.echo(f"wrote {count} frames with predictions and σ to {output}")
 
 
-def _structures(files: list[Path], length_unit: str | None) -> Iterator[Any]:
+def _structures(files: list[Path], length_unit: str | None, damaged: list[Any]) -> Iterator[Any]:
     from forcedrop.structures.streaming import structures_in
 
     for path in files:
-        yield from structures_in(path, length_unit)
+        yield from structures_in(path, length_unit, damaged)
 
 
 def _look(
@@ -75,13 +75,16 @@ def _look(
     """Check every structure before anything is computed; return the sources of bad ones, and how many are good."""
     from forcedrop.structures import BadFrames, check_frames
 
-    problems, count = [], 0
-    for frame in _structures(files, length_unit):
+    problems: list[Any] = []
+    damaged: list[Any] = []
+    count = 0
+    for frame in _structures(files, length_unit, damaged):
         count += 1
         problems += check_frames([frame], elements=elements)
+    count, problems = count + len(damaged), damaged + problems
     bad = {problem.source for problem in problems}
     if problems and not skip_bad:
-        raise BadFrames(problems, hint="(--skip-bad drops and lists them)")
+        raise BadFrames(problems, hint="--skip-bad drops and lists them")
     if count == len(bad):
         raise (
             BadFrames(problems, hint="nothing is left")

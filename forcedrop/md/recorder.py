@@ -13,6 +13,7 @@ import numpy as np
 from ase import Atoms
 
 from forcedrop.calculator import DropoutCalculator
+from forcedrop.door import door
 from forcedrop.structures import Frame, FrameStore, write_frames
 from forcedrop.structures.predictions import mark
 from forcedrop.uncertainty.calibration import difference_sigma
@@ -45,8 +46,12 @@ def energy_drift(rows: list[Row], n_atoms: int) -> Drift:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Return the rows of an ``md.csv``, bit for bit."""
-    with Path(path).open(newline="", encoding="utf-8") as stream:
+    """Return the rows of an ``md.csv``, bit for bit.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    with door(path), Path(path).open(newline="", encoding="utf-8") as stream:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
 
 
@@ -91,8 +96,12 @@ class Recorder:
         self._csv = self.path.open("a", newline="", encoding="utf-8")
 
     def _cut(self, state: Mapping[str, Any]) -> None:
-        os.truncate(self.path, state["csv"])
-        os.truncate(self._xyz, state["xyz"])
+        for path, size in ((self.path, state["csv"]), (self._xyz, state["xyz"])):
+            if not path.is_file() or path.stat().st_size < size:
+                raise ValueError(
+                    f"cannot resume: {path} is not there, or shorter than the {size} bytes that were written"
+                )
+            os.truncate(path, size)
         self._store.truncate(state["frames"])
         if self._flagged is not None:
             self._flagged.truncate(state["flagged"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,13 @@ import torch
 from ase import Atoms
 from torch import nn
 
+from forcedrop.door import Refused, door, short
 from forcedrop.files import load_tensors, save_tensors
+from forcedrop.structures.search import check_geometry
 
 FORMAT = 1
+FASTEST = 1e9
+"""Largest momentum of an atom, in ASE's units: far beyond anything that dynamics can follow."""
 FREE = ("steps",)
 """Settings that may change on resuming: a run may be made longer."""
 
@@ -58,13 +62,48 @@ class Restart:
         """Read it.
 
         Raises:
-            ValueError: if the file is not a restart file.
+            ValueError: if the file is not a restart file, or does not hold what it should; the message names it.
         """
         values = load_tensors(path)
         if values.get("restart_format") != FORMAT:
             raise ValueError(f"{path} is not a restart file of format {FORMAT}")
-        arrays = {name: values[name].numpy() for name in ("positions", "momenta", "cell")}
-        return cls(**json.loads(values["json"]), **arrays)
+        with door(path):
+            arrays = {name: values[name].numpy() for name in ("positions", "momenta", "cell")}
+            found = cls(**json.loads(values["json"]), **arrays)
+            found._check()
+        return found
+
+    def _check(self) -> None:
+        """Check that everything is of the right kind and shape, and finite.
+
+        Raises:
+            Refused: naming what is wrong.
+        """
+        kinds = {
+            "settings": dict,
+            "step": int,
+            "dynamics": dict,
+            "recorder": dict,
+            "guard": dict | None,
+            "stopped": bool,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind) or (kind is int and isinstance(getattr(self, name), bool)):
+                raise Refused(f"`{name}` cannot be {short(getattr(self, name))}")
+        n = len(self.settings["numbers"])
+        shapes = {"positions": (n, 3), "momenta": (n, 3), "cell": (3, 3)}
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype.kind != "f":
+                raise Refused(f"`{name}` must be numbers of shape {shape}, got {array.dtype} of shape {array.shape}")
+        check_geometry(self.positions, self.cell)
+        if n and not np.abs(self.momenta).max() <= FASTEST:
+            raise Refused(f"`momenta` are not finite, or beyond {FASTEST:g}")
+        counts = [self.step, *(self.recorder[name] for name in ("csv", "xyz", "frames", "flagged"))]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise Refused(f"steps and lengths of files must not be negative, got {short(counts)}")
+        if not all(abs(number) <= FASTEST for number in _numbers([self.dynamics, self.recorder["first"]])):
+            raise Refused(f"the thermostat, the barostat or the first energies are not finite, or beyond {FASTEST:g}")
 
     def require(self, settings: dict[str, Any], moved: bool = False) -> None:
         """Check that a run may go on from here.
@@ -104,6 +143,15 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     for name, value in values.items():
         found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
     return found
+
+
+def _numbers(values: Any) -> Iterator[float]:
+    """Yield every number in nested lists and dictionaries."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _numbers(value)
+    elif isinstance(values, int | float):
+        yield values
 
 
 def fingerprint(network: nn.Module) -> str:

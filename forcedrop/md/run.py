@@ -15,6 +15,7 @@ from ase.md.md import MolecularDynamics
 from tqdm import tqdm
 
 from forcedrop.calculator import DropoutCalculator
+from forcedrop.door import door
 from forcedrop.files import claim
 from forcedrop.md.astray import runaway
 from forcedrop.md.band import Band
@@ -287,12 +288,14 @@ class _Run:
         self.recorded, self.stopped = -1, False
         if start is not None:
             self.recorded, self.stopped, dynamics.nsteps = start.step, start.stopped, start.step
-            ensemble.restore(dynamics, start.dynamics)
+            with door(path, "resume from"):
+                ensemble.restore(dynamics, start.dynamics)
         if guard is not None:
             guard.follow(dynamics)
             guard.on_flag = recorder.keep
             if start is not None and start.guard is not None:
-                guard.restore(start.guard, recorder.flagged())
+                with door(path, "resume from"):
+                    guard.restore(start.guard, recorder.flagged())
 
     def to(self, steps: int, record_every: int, check_every: int) -> bool:
         """Run to a step; return whether the guard ended the run."""

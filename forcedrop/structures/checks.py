@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase.data import chemical_symbols
-from vesin import NeighborList
 
-from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.frame import Frame
+from forcedrop.structures.search import FARTHEST, PairSearch
 from forcedrop.units import ENERGY
 
 MIN_DISTANCE = 0.3
@@ -35,13 +34,15 @@ class BadFrames(ValueError):
 
     def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
         self.problems = list(problems)
+        sources = {problem.source for problem in self.problems}
+        if len(self.problems) == 1:
+            super().__init__(f"{self.problems[0]}{f' ({hint})' if hint else ''}")
+            return
+        count = f"{len(sources)} bad frame{'s' if len(sources) != 1 else ''}{f' ({hint})' if hint else ''}:"
         lines = [f"  {problem}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
             lines.append(f"  … and {len(self.problems) - 10} more")
-        count = len({problem.source for problem in self.problems})
-        super().__init__(
-            "\n".join([f"{count} bad frame{'s' if count != 1 else ''}:", *lines, *([hint] if hint else [])])
-        )
+        super().__init__("\n".join([count, *lines]))
 
 
 def check_frames(
@@ -51,11 +52,11 @@ def check_frames(
     frames = list(frames)
     problems: list[Problem] = []
     # a search radius of the order of a bond keeps the number of cells small
-    finder = NeighborList(cutoff=max(min_distance, 1.5), full_list=False, n_threads=1)
+    search = PairSearch(max(min_distance, 1.5), threads=1)
     for frame in frames:
         found = [*_shapes(frame)] or [*_numbers(frame), *_elements(frame, elements), *_cell(frame)]
         if not found:
-            found = [*_distances(frame, finder, min_distance)]
+            found = [*_distances(frame, search, min_distance)]
         problems += found
     return problems + mixed_units(frames) + mixed_within(frames)
 
@@ -75,7 +76,13 @@ def _shapes(frame: Frame) -> Iterable[Problem]:
 def _numbers(frame: Frame) -> Iterable[Problem]:
     for name in ("pos", "cell", "energy", "forces", "stress"):
         values = getattr(frame, name)
-        if values is None or np.isfinite(values).all():
+        if values is None:
+            continue
+        if np.isfinite(values).all():
+            if name in ("pos", "cell") and np.abs(values).max() > FARTHEST:
+                yield Problem(
+                    frame.source, name, f"{np.abs(values).max():.3g} Å, more than {FARTHEST:g} Å: in another unit?"
+                )
             continue
         bad = np.argwhere(~np.isfinite(np.atleast_1d(values)))[0]
         atom = f" at atom {bad[0]}" if name in ("pos", "forces") else ""
@@ -104,14 +111,14 @@ def _cell(frame: Frame) -> Iterable[Problem]:
         yield Problem(frame.source, "cell", "the cell vectors lie in one plane")
 
 
-def _distances(frame: Frame, finder: NeighborList, min_distance: float) -> Iterable[Problem]:
-    box = complete_cell(frame.cell, frame.pbc)
-    i, j, d = finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="ijd")
-    if len(i) and d.min() < min_distance:
-        k = int(np.argmin(d))
-        yield Problem(
-            frame.source, "pos", f"atoms {i[k]} and {j[k]} are {d[k]:.3f} Å apart, less than {min_distance} Å"
-        )
+def _distances(frame: Frame, search: PairSearch, min_distance: float) -> Iterable[Problem]:
+    try:
+        i, j, d = search(frame.pos, frame.cell, frame.pbc).nearest()
+    except ValueError as error:
+        yield Problem(frame.source, "cell" if "cell" in str(error) else "pos", str(error))
+        return
+    if d < min_distance:
+        yield Problem(frame.source, "pos", f"atoms {i} and {j} are {d:.3f} Å apart, less than {min_distance} Å")
 
 
 _UNITS = ("eV", "kcal/mol", "kJ/mol", "Hartree", "Rydberg")

@@ -1,4 +1,9 @@
-"""Structures and molecules of pymatgen, with labels."""
+"""Structures and molecules of pymatgen, with labels.
+
+A dictionary may name classes (``@module``, ``@class``), and pymatgen would import whatever is named there, even deep in the
+properties of a site. Here a dictionary is data: a structure or a molecule is made of it, arrays of numbers in it are read, and
+names of other classes are dropped unread.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +27,29 @@ def frames_from_pymatgen(items: Sequence[Any], source: str = "<memory>", keys: L
     ``structure`` (or ``molecule``) and labels beside it: energy [eV], forces [eV/Å], stress or virial, under the names of
     :mod:`forcedrop.structures.names`. ``stress`` is in ASE's sign (positive under tension), in the item's ``stress_unit``:
     eV/Angstrom^3 (default), GPa, kbar … VASP prints the opposite sign. ``selective_dynamics`` become constraints.
+    Classes that are named in a dictionary are not imported.
 
     Raises:
         ValueError: naming the item that is none of these, or a site that is not one element; for a label of a wrong shape.
     """
-    return settle(labelled(raws_from_pymatgen(items, source), keys or LabelKeys(), Conversion(), source))
+    raws = [raw_from_pymatgen(item, f"{source}#{index}") for index, item in enumerate(items)]
+    return settle(labelled(raws, keys or LabelKeys(), Conversion(), source))
 
 
-def raws_from_pymatgen(items: Sequence[Any], source: str) -> list[Raw]:
-    """Return structures with everything in them that could be a label.
+def raw_from_pymatgen(item: Any, source: str) -> Raw:
+    """Return a structure with everything in it that could be a label; see :func:`frames_from_pymatgen`.
 
     Raises:
-        ValueError: naming the item that is no structure, or a site that is not one element.
+        ValueError: if it is none, or a site is not one element.
     """
-    return [_raw(item, f"{source}#{index}") for index, item in enumerate(items)]
-
-
-def _raw(item: Any, source: str) -> Raw:
     from pymatgen.core.structure import IMolecule, IStructure, Molecule, Structure
 
     beside: dict[str, Any] = {}
     if isinstance(item, dict) and ("structure" in item or "molecule" in item):
-        beside = {k: v for k, v in item.items() if k not in ("structure", "molecule")}
+        beside = {k: plain(v) for k, v in item.items() if k not in ("structure", "molecule")}
         item = item.get("structure", item.get("molecule"))
     if isinstance(item, dict) and "sites" in item:
+        item = plain(item)
         item = Structure.from_dict(item) if "lattice" in item else Molecule.from_dict(item)
     if not isinstance(item, (IStructure, IMolecule)):
         raise ValueError(f"{source}: not a pymatgen Structure or Molecule, nor one's dictionary: {type(item).__name__}")
@@ -93,3 +97,12 @@ def _held(moves: Any) -> list[dict[str, Any]]:
         else {"name": "FixScaled", "kwargs": {"a": atoms, "mask": list(mask)}}
         for mask, atoms in held.items()
     ]
+
+
+def plain(value: Any) -> Any:
+    """Return plain data, a copy: arrays as nested lists, without the names of classes (keys that begin with ``@``)."""
+    if isinstance(value, dict):
+        if value.get("@module") == "numpy" and value.get("@class") == "array":
+            return value.get("data")
+        return {key: plain(entry) for key, entry in value.items() if not str(key).startswith("@")}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value

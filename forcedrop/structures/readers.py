@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import sqlite3
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,14 +15,16 @@ import numpy as np
 from ase import Atoms
 from ase.io.extxyz import key_val_str_to_dict
 
+from forcedrop.door import door
 from forcedrop.structures.checks import BadFrames, Problem, check_frames
 from forcedrop.structures.conversion import Conversion, Units
+from forcedrop.structures.door import check_packed, open_text, reason_of, require_text, xyz_images
 from forcedrop.structures.frame import COMPUTED, Frame
 from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
 from forcedrop.structures.plausible import questions
-from forcedrop.structures.pymatgen_io import raws_from_pymatgen
+from forcedrop.structures.pymatgen_io import raw_from_pymatgen
 from forcedrop.structures.store import FrameStore
 from forcedrop.structures.telling import Tell, say, settle
 
@@ -114,16 +113,16 @@ def read_checked(
     read: dict[Path, Labelled] = {}
     for path in map(Path, paths):
         found = read[path] = read_file(path, reading)
-        if not found.frames:
+        if not found.frames and not found.problems:
             raise ValueError(f"{path} holds no structures")
-        if labels_needed and all(f.energy is None and f.forces is None for f in found.frames):
+        if labels_needed and found.frames and all(f.energy is None and f.forces is None for f in found.frames):
             raise ValueError(_no_labels(path, found.names))
     problems = [problem for found in read.values() for problem in found.problems]
     named = {problem.source for problem in problems}
     whole = [f for found in read.values() for f in found.frames if f.source not in named]
     problems += check_frames(whole, elements=elements)
     if problems and not reading.skip_bad:
-        raise BadFrames(problems, hint="(--skip-bad, or `skip_bad: true`, drops and lists them)")
+        raise BadFrames(problems, hint="--skip-bad, or `skip_bad: true`, drops and lists them")
     bad = {problem.source for problem in problems}
     good: list[Frame] = []
     for path, found in read.items():
@@ -142,7 +141,8 @@ def frames_from_atoms(images: Iterable[Atoms], keys: LabelKeys | None = None, so
     Raises:
         ValueError: if a label that ``keys`` names is in none of them, or is no label.
     """
-    return settle(labelled(_from_atoms(list(images), source), keys or LabelKeys(), Conversion(), source))
+    raws = [_raw(atoms, f"{source}#{index}") for index, atoms in enumerate(images)]
+    return settle(labelled(raws, keys or LabelKeys(), Conversion(), source))
 
 
 def read_file(path: Path, reading: Reading) -> Labelled:
@@ -155,32 +155,27 @@ def read_file(path: Path, reading: Reading) -> Labelled:
         raise ValueError(f"no such file: {path}")
     suffix = path.name.lower().removesuffix(".gz")
     suffix = suffix[suffix.rfind(".") :]
-    if suffix in (".h5", ".hdf5"):
-        return _read_store(path, reading)
     own, assumed = Units(), {}
-    try:
+    damaged: list[Problem] = []
+    with door(path):
+        check_packed(path)
+        if suffix in (".h5", ".hdf5"):
+            return _read_store(path, reading)
         if suffix == ".npz":
             raws, own = read_arrays(path, _asked(reading.keys))
             assumed = ASSUMED
         else:
-            raws = {".db": _read_ase_db, ".json": _read_json}.get(suffix, _read_ase)(path)
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        IndexError,
-        StopIteration,
-        sqlite3.Error,
-        zipfile.BadZipFile,
-    ) as error:
-        message = str(error) if str(path) in str(error) else f"cannot read {path}: {type(error).__name__}: {error}"
-        raise ValueError(message) from error
+            read = {".db": _read_ase_db, ".json": _read_json}.get(suffix, _read_ase)(path)
+            raws = [entry for entry in read if isinstance(entry, Raw)]
+            damaged = [entry for entry in read if isinstance(entry, Problem)]
+    if damaged and not raws:
+        return Labelled([], damaged)
     try:
         units = reading.units.conversion(own, assumed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
-    found.units = units
+    found.units, found.problems = units, damaged + found.problems
     if (
         assumed
         and "energy" not in units.stated
@@ -251,15 +246,15 @@ def _no_labels(path: Path, names: Sequence[str]) -> str:
     )
 
 
-def _read_ase(path: Path) -> list[Raw]:
+def _read_ase(path: Path) -> Sequence[Raw | Problem]:
     is_xyz = path.name.lower().removesuffix(".gz").endswith((".xyz", ".extxyz"))
     if path.stat().st_size == 0:
         return []
-    images: Any = ase.io.read(path, index=":", **(EXTXYZ if is_xyz else {}))
+    images: Any = xyz_images(path, read_comment) if is_xyz else ase.io.read(path, index=":")
     return _from_atoms(images, str(path))
 
 
-def _comment(line: str) -> dict[str, Any]:
+def read_comment(line: str) -> dict[str, Any]:
     """Read the comment line of an extended XYZ file; a stress or virial of six numbers, which ASE refuses, is left as it is."""
     try:
         return dict(key_val_str_to_dict(line))
@@ -269,35 +264,48 @@ def _comment(line: str) -> dict[str, Any]:
         return {name.removeprefix(_HIDDEN): value for name, value in values.items()}
 
 
-EXTXYZ: dict[str, Any] = {"format": "extxyz", "properties_parser": _comment}
 """How ASE is to read extended XYZ."""
 _HIDDEN = "forcedrop-"
 _TENSOR = re.compile(r"(^|\s)(stress|virial)\s*=")
 
 
-def _read_ase_db(path: Path) -> list[Raw]:
+def _read_ase_db(path: Path) -> Sequence[Raw | Problem]:
     with ase.db.connect(path) as database:
         rows = [(row.toatoms(), dict(row.key_value_pairs), dict(row.data)) for row in database.select()]
     for atoms, pairs, data in rows:
         atoms.info = {**data, **pairs}
     raws = _from_atoms([atoms for atoms, *_ in rows], str(path))
     for raw, (_, pairs, _) in zip(raws, rows, strict=True):
-        raw.frame.info.clear()
-        raw.frame.info.update(pairs)
+        if isinstance(raw, Raw):
+            raw.frame.info.clear()
+            raw.frame.info.update(pairs)
     return raws
 
 
-def _read_json(path: Path) -> list[Raw]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        values = json.load(stream)
+def _read_json(path: Path) -> Sequence[Raw | Problem]:
+    with open_text(path) as stream:
+        text = stream.read()
+    require_text(text)
+    values = json.loads(text)
     if isinstance(values, dict) and "ids" in values:
         return _read_ase_db(path)
-    return raws_from_pymatgen(values if isinstance(values, list) else [values], source=str(path))
+    items = values if isinstance(values, list) else [values]
+    return [_or_problem(f"{path}#{index}", item, raw_from_pymatgen) for index, item in enumerate(items)]
 
 
-def _from_atoms(images: Sequence[Atoms], source: str) -> list[Raw]:
-    return [_raw(atoms, f"{source}#{index}") for index, atoms in enumerate(images)]
+def _from_atoms(images: Iterable[Atoms | Problem], source: str) -> list[Raw | Problem]:
+    return [
+        atoms if isinstance(atoms, Problem) else _or_problem(f"{source}#{index}", atoms, _raw)
+        for index, atoms in enumerate(images)
+    ]
+
+
+def _or_problem(source: str, item: Any, read: Callable[[Any, str], Raw]) -> Raw | Problem:
+    """Return a structure, or what is wrong with it, whatever that is."""
+    try:
+        return read(item, source)
+    except Exception as error:
+        return Problem(source, "structure", reason_of(error).removeprefix(f"{source}: "))
 
 
 def _raw(atoms: Atoms, source: str) -> Raw:

@@ -11,8 +11,11 @@ import ase.db
 import ase.io
 from ase import Atoms
 
+from forcedrop.door import door
+from forcedrop.structures.checks import BadFrames, Problem
+from forcedrop.structures.door import check_packed, xyz_images
 from forcedrop.structures.frame import Frame
-from forcedrop.structures.readers import EXTXYZ, Reading, read_checked
+from forcedrop.structures.readers import Reading, read_checked, read_comment
 from forcedrop.structures.store import FrameStore
 from forcedrop.units import length_factor
 
@@ -20,7 +23,9 @@ _OWN = {"energy", "free_energy", "energies", "forces", "force", "stress", "stres
 """What predictions take the place of; labels by other names, such as ``REF_energy``, stay."""
 
 
-def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[Frame]:
+def structures_in(
+    path: str | Path, length_unit: str | None = None, damaged: list[Problem] | None = None
+) -> Iterator[Frame]:
     """Yield the structures of a file as they are, without labels: nothing about them is checked.
 
     Extended XYZ, ``.traj``, ``.db`` and ``.h5`` are read as they are needed, other formats at once.
@@ -29,6 +34,7 @@ def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[
         path: the file.
         length_unit: of positions and cells in it, by default Å; where it is not, what else the file holds is left out, for its
             units are not known.
+        damaged: takes what is wrong with frames of an xyz file that cannot be read; without it the first is an error.
 
     Raises:
         ValueError: if the file cannot be read, naming the frame.
@@ -37,6 +43,7 @@ def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
+    check_packed(path)
     if suffix in (".h5", ".hdf5"):
         with FrameStore(path) as store:
             yield from map(_bare, store)
@@ -44,14 +51,17 @@ def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[
         number = 0
         images = _rows(path) if suffix == ".db" else _images(path, suffix)
         while True:
-            try:
+            with door(f"{path}#{number}"):
                 atoms = next(images, None)
-                frame = None if atoms is None else _frame(atoms, f"{path}#{number}", factor)
-            except Exception as error:  # of any parser
-                raise ValueError(f"{path}#{number} cannot be read: {type(error).__name__}: {error}") from error
-            if frame is None:
+                frame = _frame(atoms, f"{path}#{number}", factor) if isinstance(atoms, Atoms) else None
+            if isinstance(atoms, Problem):
+                if damaged is None:
+                    raise BadFrames([atoms])
+                damaged.append(atoms)
+            elif frame is None:
                 return
-            yield frame
+            else:
+                yield frame
             number += 1
     else:
         reading = Reading(length_unit=length_unit, trust_units=True)  # labels do not matter
@@ -60,7 +70,7 @@ def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[
 
 def _images(path: Path, suffix: str) -> Iterator[Any]:
     if path.stat().st_size:
-        yield from ase.io.iread(path, index=":", **({} if suffix == ".traj" else EXTXYZ))
+        yield from ase.io.iread(path, index=":") if suffix == ".traj" else xyz_images(path, read_comment)
 
 
 def _rows(path: Path) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from forcedrop.door import one_line, reason, short
 from forcedrop.potential import DropoutRates, kind_of
+from forcedrop.potential.settings import check_shape
 from forcedrop.structures import LabelKeys, Reading
 from forcedrop.uncertainty import method_of
 from forcedrop.uncertainty.exact_dropout import ExactDropout
@@ -34,11 +37,57 @@ class ConfigError(ValueError):
     """A training file that cannot be used; the message names the key."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys and values of a file of settings, of which none may be unknown, infinite or absurdly large."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="after")
+    def _sane(self) -> Self:
+        check_settings({name: getattr(self, name) for name in type(self).model_fields})
+        return self
 
-class DataSection(_Section):
+
+MAY_BE_INFINITE = frozenset(
+    {
+        "clip_gradient",
+        "checkpoint_seconds",
+        "most_sigma",
+        "largest_force",
+        "stop_factor",
+        "stop_above",
+        "hottest",
+        "timeout",
+        "z2",
+    }
+)
+"""Settings of which ``.inf`` means: no limit."""
+MOST = {"seed": 2**32 - 1, "workers": 1024, "threads": 1024}
+MOST_NUMBER = 2**31 - 1
+"""Largest whole number of any other setting; what is larger is a slip of the pen."""
+
+
+def check_settings(values: Mapping[str, Any], section: str = "") -> None:
+    """Check that the numbers among settings are finite, and whole ones not absurdly large; seeds are not negative.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for name, value in values.items():
+        key = f"`{section}.{name}`" if section else f"`{name}`"
+        for number in (
+            value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+        ):
+            if isinstance(number, float) and not math.isfinite(number):
+                if name not in MAY_BE_INFINITE or math.isnan(number):
+                    raise ValueError(f"{key} must be a finite number, got {number}")
+            elif isinstance(number, int) and abs(number) > MOST.get(name, MOST_NUMBER):
+                raise ValueError(f"{key} must be at most {MOST.get(name, MOST_NUMBER)}, got {short(number)}")
+        if name == "seed" and isinstance(value, int) and value < 0:
+            raise ValueError(f"{key} must not be negative, got {short(value)}")
+
+
+class DataSection(Section):
     """Where the structures come from and how they are split."""
 
     train: list[Path] = Field(description="files to train on (any format that `forcedrop info` reads)", min_length=1)
@@ -119,14 +168,16 @@ def _checked(values: Mapping[str, Any], settings: type[Any], section: str, tag: 
             hint = f"did you mean `{section}.{close[0]}`?" if close else f"valid are {', '.join([tag, *known])}"
             raise ValueError(f"unknown key `{section}.{key}`; {MOVED.get(f'{section}.{key}', hint)}")
     try:
-        return TypeAdapter(settings).validate_python(dict(values))
+        found = TypeAdapter(settings).validate_python(dict(values))
+        check_settings(asdict(found), section)
+        return found
     except ValidationError as error:
         lines = []
         for item in error.errors():
             key = ".".join([section, *map(str, item["loc"])])
-            got = f", got {item['input']!r}" if item["loc"] else ""
+            got = f", got {short(item['input'])}" if item["loc"] else ""
             lines.append(f"`{key}`: {item['msg'].removeprefix('Value error, ')}{got}")
-        raise ValueError("; ".join(lines)) from None
+        raise ValueError("; ".join(lines[:MOST_LINES])) from None
 
 
 def _network(values: Any) -> Any:
@@ -137,7 +188,9 @@ def _network(values: Any) -> Any:
         raise ValueError(f"must hold keys and values, got {type(values).__name__}")
     rest = dict(values)
     kind = rest.pop("kind", "sphere")
-    return NetworkSettings(kind, _checked(rest, kind_of(kind).Shape, "model", "kind"))
+    shape = _checked(rest, kind_of(kind).Shape, "model", "kind")
+    check_shape(type(shape), asdict(shape))
+    return NetworkSettings(kind, shape)
 
 
 def _method(values: Any) -> Any:
@@ -158,7 +211,7 @@ Uncertainty = Annotated[
 ]
 
 
-class DropoutSection(_Section):
+class DropoutSection(Section):
     """Rates of the dropout sites in training: one mask per structure and step, the same for all its atoms.
 
     What is dropped at inference is a matter of ``uncertainty``. All rates are 0 unless asked for. With edges dropped at 0.1
@@ -178,7 +231,7 @@ class DropoutSection(_Section):
         return DropoutRates(**self.model_dump())
 
 
-class LossSection(_Section):
+class LossSection(Section):
     """Weights of the squared errors, each made dimensionless by the forces' root mean square."""
 
     energy: float = Field(1.0, ge=0, description="per √N")
@@ -192,7 +245,7 @@ class LossSection(_Section):
     )
 
 
-class OptimiserSection(_Section):
+class OptimiserSection(Section):
     """Muon for the maps between channels and Adam with AMSGrad for all else, or Adam alone, under a cosine schedule."""
 
     muon: bool = Field(True, description="orthogonalised momentum for matrices; otherwise all weights are Adam's")
@@ -204,7 +257,7 @@ class OptimiserSection(_Section):
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the ones kept")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The whole file."""
 
     output: Path = Field(description="folder for checkpoints, logs and the model")
@@ -280,21 +333,66 @@ def load_config(path: str | Path) -> TrainConfig:
     return parse_config(read_yaml(path, "training file"), source=str(path), folder=path.parent)
 
 
+MOST_TEXT, MOST_ENTRIES = 2**20, 20_000
+"""Largest file of settings [bytes], and most entries in it, with those that aliases repeat."""
+
+
 def read_yaml(path: Path, what: str = "file") -> dict[str, Any]:
     """Return the keys and values of a file, which an error calls ``what``.
 
     Raises:
-        ConfigError: if it is missing, is not YAML, or holds anything else.
+        ConfigError: if it is missing, is not YAML in UTF-8, has a key twice, is larger than :data:`MOST_TEXT` or
+            :data:`MOST_ENTRIES`, or holds anything but keys and values.
     """
     if not path.is_file():
         raise ConfigError(f"no such {what}: {path}")
+    if path.stat().st_size > MOST_TEXT:
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes; no {what} is larger than {MOST_TEXT}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        _count_entries(node, {}, path)
+        values = loader.construct_document(node) if node is not None else None
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {one_line(str(error))}") from error
+    except Exception as error:
+        raise ConfigError(f"cannot read {path}: {reason(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
     return values
+
+
+def _count_entries(node: yaml.Node | None, seen: dict[int, int], path: Path) -> int:
+    """Return how many entries a node is written out; an alias counts as what it stands for.
+
+    Raises:
+        ConfigError: if they are too many, a node holds itself, or a key is there twice.
+    """
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in seen:
+        if seen[id(node)] == 0:
+            raise ConfigError(f"{path}: an alias stands for something that holds it (line {_line(node)})")
+        return seen[id(node)]
+    seen[id(node)] = 0
+    parts = list(node.value)
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in keys[:index] and key.value != "<<":
+                raise ConfigError(f"{path}: the key {short(key.value)} is there twice (line {_line(key)})")
+        parts = [part for pair in node.value for part in pair]
+    total = 1 + sum(_count_entries(part, seen, path) for part in parts)
+    if total > MOST_ENTRIES:
+        raise ConfigError(f"{path} has more than {MOST_ENTRIES} entries, written out (line {_line(node)})")
+    seen[id(node)] = total
+    return total
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
 
 
 def parse_config(values: dict[str, Any], source: str = "<memory>", folder: Path | None = None) -> TrainConfig:
@@ -333,7 +431,13 @@ def explain(error: ValidationError, root: type[BaseModel], hidden: tuple[str, ..
         root: the whole configuration.
         hidden: keys that users do not write.
     """
-    return "\n".join(f"  {_describe(item, root, hidden)}" for item in error.errors())
+    items = error.errors()
+    lines = [f"  {one_line(_describe(item, root, hidden))}" for item in items[:MOST_LINES]]
+    return "\n".join(lines + [f"  … and {len(items) - MOST_LINES} more"] * (len(items) > MOST_LINES))
+
+
+MOST_LINES = 20
+"""Of what is wrong with a file of settings."""
 
 
 def _describe(item: Any, root: type[BaseModel], hidden: tuple[str, ...]) -> str:
@@ -350,7 +454,7 @@ def _describe(item: Any, root: type[BaseModel], hidden: tuple[str, ...]) -> str:
         return f"missing key `{key}`"
     message = item["msg"].removeprefix("Value error, ")
     where = f"`{key}`: " if key and not message.startswith(("`", "unknown key `")) else ""
-    return f"{where}{message}" + (f", got {item['input']!r}" if key and item["type"] != "value_error" else "")
+    return f"{where}{message}" + (f", got {short(item['input'])}" if key and item["type"] != "value_error" else "")
 
 
 def _valid_keys(location: list[str], section: type[BaseModel]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from forcedrop.derive import geometry
+from forcedrop.door import Refused, short
 from forcedrop.graph import AtomicGraph, Batch, batch_graphs, graph_loader, pair_vectors
 from forcedrop.potential import EnergyModel, GraphInputs
 from forcedrop.training.compiled import CompiledStep
@@ -69,6 +70,21 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+    def check(self) -> None:
+        """Check the values of a checkpoint.
+
+        Raises:
+            Refused: naming what cannot be.
+        """
+        counts = {"epoch": self.epoch, "step": self.step, "best_epoch": self.best_epoch + 1}
+        for name, value in counts.items():
+            if type(value) is not int or value < 0:
+                raise Refused(f"`{name}` must be a whole number, got {short(value)}")
+        if not isinstance(self.done, bool) or not isinstance(self.best_loss, float) or math.isnan(self.best_loss):
+            raise Refused(f"`done` and `best_loss` cannot be {short(self.done)} and {short(self.best_loss)}")
+        if not isinstance(self.history, list) or not isinstance(self.seconds, int | float):
+            raise Refused(f"`history` and `seconds` cannot be {short(self.history)} and {short(self.seconds)}")
 
 
 @dataclass(eq=False)
@@ -164,7 +180,7 @@ class Trainer:
 
     def _batch_indices(self) -> list[list[int]]:
         """Return the structures of every batch of this epoch, in an order that depends on (seed, epoch) alone."""
-        where = self.config.seed * 2_000_006 + self.progress.epoch
+        where = (self.config.seed * 2_000_006 + self.progress.epoch) % 2**63
         order = torch.randperm(len(self.graphs), generator=torch.Generator().manual_seed(where)).tolist()
         size = self.config.batch_size
         return [order[first : first + size] for first in range(0, len(order), size)]
@@ -274,6 +290,7 @@ class Trainer:
         if self.functions == 0:
             return None
         where = (self.config.seed * 2_000_006 + self.progress.epoch) * 1_000_003 + self.progress.step
+        where %= 2**63
         generator = torch.Generator().manual_seed(where)
         drawn = torch.randint(self.functions or 2**62, (batch.n_whole,), generator=generator)
         return self._moved(drawn[batch.places])[batch.batch]
@@ -323,8 +340,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
-        self.progress = Progress(**state["progress"])
+        """Undo :meth:`state_dict`.
+
+        Raises:
+            Refused: if numbers in it are not finite, or it does not say where the training is.
+        """
+        progress = Progress(**state["progress"])
+        progress.check()
+        for name in ("weights", "ema", "best"):
+            for entry, value in state[name].items():
+                if not torch.isfinite(value).all():
+                    raise Refused(f"`{name}`: {short(entry)} holds a number that is not finite")
+        self.progress = progress
         self._start()
         self.potential.load_state_dict(state["weights"])
         self.ema.load_state_dict(state["ema"])

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import forcedrop
 from forcedrop.derive import geometry, pair_forces
+from forcedrop.door import door, short
 from forcedrop.files import load_tensors, save_tensors
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.model import SAMPLES, TrainedModel, load_model, save_model
@@ -90,7 +91,8 @@ def _prepare(config: TrainConfig, resume: bool, overwrite: bool, world: World) -
         _describe(data)
     trainer = build_trainer(config, data, world)
     if state is not None:
-        trainer.load_state_dict(state["trainer"])
+        with door(out / CHECKPOINT, "resume from"):
+            trainer.load_state_dict(state["trainer"])
     world.barrier()  # nobody writes before everybody has looked
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -283,7 +285,14 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
 
 def _load_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     path = config.output / CHECKPOINT
-    return load_tensors(path) if path.exists() else None
+    if not path.exists():
+        return None
+    state = load_tensors(path)
+    kinds = {"settings": str, "data_hash": str, "elements": list, "trainer": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name, [] if name == "elements" else None), kind):
+            raise ValueError(f"{path} is not a checkpoint of a training: `{name}` is {short(state.get(name))}")
+    return state
 
 
 @contextmanager
