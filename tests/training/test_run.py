@@ -319,7 +319,7 @@ def test_fine_tuning_refuses_other_networks(folder: Path, trained_folder: Path) 
         train(parse_config(settings(folder, start=start, data=zero)))
     with pytest.raises(ConfigError, match=r"`start`: .*model.pt has other settings; these differ: n_channels"):
         train(parse_config(settings(folder, start=start, model={"n_channels": 7})))
-    other = Frame.from_atoms(Atoms("Ag", cell=[4, 4, 4], pbc=True), energy=0.0, forces=np.zeros((1, 3)))
+    other = Frame.from_atoms(Atoms("Ag", cell=[3, 3, 3], pbc=True), energy=0.0, forces=np.zeros((1, 3)))
     write_frames(folder / "train.h5", [*emt_frames(24, seed=7), other])
     data = {"isolated_atoms": {"Cu": 0.0, "Ag": 0.0}}
     with pytest.raises(ConfigError, match=r"`start`: .*model.pt does not know Ag"):
