@@ -13,6 +13,7 @@ import numpy as np
 
 from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
 from forcedrop.structures import Frame, is_isolated_atom
+from forcedrop.structures.copies import copies
 
 TRAIN = "train"
 
@@ -60,7 +61,7 @@ def draw_roles(
     """Return what each new label is for: ``train``, or one of ``shares``.
 
     The shares hold of all labels together, at least one each. Single atoms, and frames with an element that no other frame
-    trains, are not held out.
+    trains, are not held out. A copy of a structure has the role that the structure has.
 
     Args:
         frames: the new ones.
@@ -70,7 +71,10 @@ def draw_roles(
     """
     roles = [TRAIN] * len(frames)
     seen = sum(not is_isolated_atom(frame) for part in (frames, *known.values()) for frame in part)
-    order = rng.permutation([k for k, frame in enumerate(frames) if not is_isolated_atom(frame)]).tolist()
+    others = [(role, frame) for role, part in known.items() for frame in part]
+    first = [k - len(others) for k in copies([*(frame for _, frame in others), *frames])[len(others) :].tolist()]
+    alone = [is_isolated_atom(frame) for frame in frames]
+    order = rng.permutation([k for k in range(len(frames)) if first[k] == k and not alone[k]]).tolist()
     elements = [set(frame.z.tolist()) for frame in frames]
     trained = Counter(z for frame in known.get(TRAIN, []) for z in set(frame.z.tolist()))
     trained.update(z for k in order for z in elements[k])
@@ -84,4 +88,7 @@ def draw_roles(
                 roles[k] = name
                 order.remove(k)
                 left -= 1
+    for k, other in enumerate(first):
+        if other != k and not alone[k]:
+            roles[k] = roles[other] if other >= 0 else others[other][0]
     return roles

@@ -51,7 +51,8 @@ def test_what_may_not_be_held_out() -> None:
         roles = draw_roles([silver, single, *copper], {}, {"validation": 0.3, "calibration": 0.3}, rng)
         assert roles[:2] == ["train", "train"]
         assert sorted(roles[2:]) == ["calibration", "train", "validation"]
-    assert draw_roles([silver], {"train": [silver]}, {"calibration": 1.0}, rng) == ["calibration"]
+    other = Frame.from_atoms(Atoms("AgCu", [[0, 0, 0], [0, 0, 2.7]]))
+    assert draw_roles([other], {"train": [silver]}, {"calibration": 1.0}, rng) == ["calibration"]
     assert draw_roles(copper, {}, {"calibration": 0.0}, rng) == ["train"] * 3
 
 

@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from forcedrop import DropoutCalculator
+from forcedrop.active.roles import draw_roles
 from forcedrop.cli import app
 from forcedrop.evaluation import compare, evaluate
 from forcedrop.model import TrainedModel, committee, fill, save_model
@@ -178,6 +179,17 @@ def test_copies_count_once_where_functions_are_filled_in(trained: TrainedModel) 
         ValueError, match=r"1 of 9 frames that are held out are among the training frames \(turned#5 = "
     ):
         fill(replace(trained, provenance={}), train_on, [*held, turned(train_on[3], 5)], quiet=True)
+
+
+def test_copies_among_the_labels_of_a_loop_have_one_role() -> None:
+    known, new = emt_frames(6), emt_frames(8, seed=3)
+    held = {"train": known[:4], "validation": known[4:5], "calibration": known[5:]}
+    frames = [turned(known[5], 1), *new, turned(known[4], 2), *(turned(frame, k) for k, frame in enumerate(new))]
+    shares = {"validation": 0.1, "calibration": 0.1}
+    roles = draw_roles(frames, held, shares, np.random.default_rng(0))
+    assert (roles[0], roles[9]) == ("calibration", "validation")
+    assert roles[1:9] == roles[10:]
+    assert set(roles[1:9]) == {"train", "validation", "calibration"}
 
 
 def test_prints_survive_the_file_and_damage_is_named() -> None:

@@ -18,7 +18,7 @@ import yaml
 from ase import Atoms
 
 from forcedrop.evaluation import predict_frames
-from forcedrop.model import load_model
+from forcedrop.model import TrainedModel, load_model, save_model
 from forcedrop.structures import BadFrames, Frame, write_frames
 from forcedrop.training import ConfigError, TrainingDiverged, TrainingInterrupted, parse_config, train
 from forcedrop.training.loop import Trainer
@@ -302,22 +302,25 @@ def test_fine_tuning_goes_on_after_a_kill_without_its_start(folder: Path, traine
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
-def test_fine_tuning_warns_of_frames_that_may_have_trained(folder: Path, trained_folder: Path) -> None:
-    values = settings(folder, start=trained_folder / "run" / "model.pt", epochs=1)
+def test_fine_tuning_warns_of_frames_that_may_have_trained(folder: Path, trained: TrainedModel) -> None:
+    """Of a model from before models knew what trained them; see tests/field/test_statistics.py for the others."""
+    old = {name: value for name, value in trained.provenance.items() if name != "prints"}
+    save_model(replace(trained, provenance=old), folder / "old.pt")
+    values = settings(folder, start=folder / "old.pt", epochs=1)
     with pytest.warns(UserWarning, match=r"σ will be too small; give `data.calibration`"):
         train(parse_config(values))
 
 
-def test_fine_tuning_refuses_other_networks(folder: Path, trained_folder: Path, monkeypatch) -> None:
+def test_fine_tuning_refuses_other_networks(folder: Path, trained_folder: Path) -> None:
     start = trained_folder / "run" / "model.pt"
-    monkeypatch.setattr("forcedrop.training.run._warn_of_start", lambda config: None)
+    write_frames(folder / "train.h5", emt_frames(24, seed=7))
     zero = {"isolated_atoms": {"Cu": 1.0}}
     with pytest.raises(ConfigError, match=r"counts from 0 eV for an isolated Cu, `data.isolated_atoms` says 1"):
         train(parse_config(settings(folder, start=start, data=zero)))
     with pytest.raises(ConfigError, match=r"`start`: .*model.pt has other settings; these differ: n_channels"):
         train(parse_config(settings(folder, start=start, model={"n_channels": 7})))
-    other = Frame.from_atoms(Atoms("Ag", cell=[4, 4, 4], pbc=True), energy=0.0, forces=np.zeros((1, 3)))
-    write_frames(folder / "train.h5", [*emt_frames(24), other])
+    other = Frame.from_atoms(Atoms("Ag", cell=[3, 3, 3], pbc=True), energy=0.0, forces=np.zeros((1, 3)))
+    write_frames(folder / "train.h5", [*emt_frames(24, seed=7), other])
     data = {"isolated_atoms": {"Cu": 0.0, "Ag": 0.0}}
     with pytest.raises(ConfigError, match=r"`start`: .*model.pt does not know Ag"):
         train(parse_config(settings(folder, start=start, data=data)))
