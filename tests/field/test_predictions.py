@@ -12,10 +12,13 @@ from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
 from forcedrop import DropoutCalculator, FrameStore, read_frames
+from forcedrop.active import ActiveLoop
+from forcedrop.active.config import parse_active_config
 from forcedrop.cli import app
 from forcedrop.structures import write_frames
 from forcedrop.structures.predictions import MARK, PredictedLabels, mark, predicted, settle
 from forcedrop.structures.streaming import structures_in
+from forcedrop.training.data import read_labelled
 from tests.conftest import emt_frames, settings
 
 
@@ -53,6 +56,31 @@ def test_dynamics_are_refused_as_labels_by_every_command(model, dynamics, tmp_pa
     assert words in out
     assert "predictions_as_labels: true" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loop_refuses_them_where_it_would_learn_from_them(dynamics, tmp_path) -> None:
+    start = {"files": [str(dynamics / "md.h5")]}
+    with pytest.raises(PredictedLabels, match="5 of 5 frames"):
+        loop(tmp_path / "a", start=start).describe()
+    assert "5 frames, 0 of them labelled already" in loop(tmp_path / "b", start={**start, "relabel": True}).describe()
+    write_frames(tmp_path / "start.h5", emt_frames(12))
+    files = {"start": {"files": [str(tmp_path / "start.h5")]}, "explore": {"start_files": [str(dynamics / "md.xyz")]}}
+    explored = loop(tmp_path / "c", **files)
+    assert explored.describe()
+    assert read_labelled(explored.config.explore.start_files, explored._data(labels=False))  # to start dynamics from
+
+
+def loop(folder: Path, **changes: dict) -> ActiveLoop:
+    folder.mkdir()
+    values = {
+        "state": "state",
+        "oracle": {"name": "tests.active.faulty:oracle", "settings": {"log": str(folder / "calls")}},
+        "training": {"model": {"cutoff": 4.0, "n_channels": 4, "l_max": 2, "n_radial": 4, "n_hidden": 4}},
+        "stop": {"labels": 19},
+        "explore": {"temperatures": [600], **changes.pop("explore", {})},
+        **changes,
+    }
+    return ActiveLoop(parse_active_config(values, folder=folder))
 
 
 def test_they_can_be_asked_for(model, dynamics, tmp_path) -> None:
