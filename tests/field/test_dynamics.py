@@ -265,3 +265,13 @@ def test_a_bad_start_does_not_point_to_an_option_that_md_has_not(model, tmp_path
     assert "bad.xyz#0" in out
     assert "skip" not in out
     assert len(out.strip().splitlines()) == 1
+
+
+def test_frames_keep_their_numbers_where_bad_ones_are_skipped(model, tmp_path) -> None:
+    images = [frame.to_atoms() for frame in emt_frames(3)]
+    images[0].positions[1] = images[0].positions[0]
+    ase.io.write(tmp_path / "a.xyz", images)
+    md = ["md", model, tmp_path / "a.xyz", "--skip-bad", "--steps", 1, "--samples", 4, "--output", tmp_path / "md"]
+    assert "has no good frame 0" in run(*md, "--index", 0, code=1)
+    run(*md, "--index", 2)
+    np.testing.assert_allclose(FrameStore(tmp_path / "md" / "md.h5")[0].pos, images[2].positions, atol=1e-7)

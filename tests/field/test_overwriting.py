@@ -180,7 +180,7 @@ def test_train_keeps_a_model_and_its_own_input(tmp_path) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.pt").write_bytes(b"somebody's")  # without a checkpoint
-    assert "holds a training already" in run("train", tmp_path / "t.yaml", code=1)
+    assert "model.pt exists; --resume goes on with the training" in run("train", tmp_path / "t.yaml", code=1)
     assert "no last.pt to go on from" in run("train", tmp_path / "t.yaml", "--resume", code=1)
     assert (tmp_path / "run" / "model.pt").read_bytes() == b"somebody's"
     run("train", tmp_path / "t.yaml", "--overwrite")
