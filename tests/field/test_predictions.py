@@ -16,7 +16,7 @@ from forcedrop.active import ActiveLoop
 from forcedrop.active.config import parse_active_config
 from forcedrop.cli import app
 from forcedrop.structures import write_frames
-from forcedrop.structures.predictions import MARK, PredictedLabels, mark, predicted, settle
+from forcedrop.structures.predictions import MARK, PredictedLabels, mark, only_labels, predicted
 from forcedrop.structures.streaming import structures_in
 from forcedrop.training.data import read_labelled
 from tests.conftest import emt_frames, settings
@@ -49,7 +49,7 @@ def test_dynamics_are_refused_as_labels_by_every_command(model, dynamics, tmp_pa
     assert words in run("evaluate", model, file, code=1)
     assert words in run("compare", model, "--test", file, code=1)
     write_frames(tmp_path / "train.h5", emt_frames(16))
-    assert words in run("fill", model, "--data", file, "--held-out", tmp_path / "train.h5", "--functions", 4, code=1)
+    assert words in run("fill", model, "--data", file, "--held-out", tmp_path / "train.h5", "--functions", 8, code=1)
     values = settings(tmp_path, epochs=1, data={"train": [str(tmp_path / "train.h5"), str(file)]})
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
     out = run("train", tmp_path / "t.yaml", code=1)
@@ -127,7 +127,7 @@ def test_frames_that_were_labelled_anew_are_labels(dynamics, tmp_path) -> None:
     only = [replace(f, forces=old.forces) for f, old in zip(frames, FrameStore(dynamics / "md.h5"), strict=True)]
     assert predicted(only[-1]) == ("forces",)
     with pytest.raises(PredictedLabels, match=r"\(forces\)"):
-        settle(only)
+        only_labels(only)
 
 
 def test_evaluated_frames_keep_their_reference_labels(model, tmp_path) -> None:
@@ -181,7 +181,7 @@ def test_predict_holds_a_block_at_a_time(trained, tmp_path) -> None:
             taken += 1
             yield frame
 
-    found = predicted_frames(trained, frames(), n_samples=2, most_atoms=16)
+    found = predicted_frames(trained, frames(), n_samples=8, most_atoms=16)
     next(found)
     assert taken == 5  # a block of four, and the one that was too many
     assert len(list(found)) == 39
