@@ -37,7 +37,7 @@ def model(trained_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def dynamics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dynamics")
-    write_frames(folder / "start.xyz", emt_frames(1))
+    write_frames(folder / "start.xyz", emt_frames(1, seed=33))
     run("md", model, folder / "start.xyz", "--steps", 40, "--samples", 4, "--output", folder / "md")
     return folder / "md"
 
@@ -141,7 +141,7 @@ def test_evaluated_frames_keep_their_reference_labels(model, tmp_path) -> None:
 @pytest.mark.parametrize("suffix", [".xyz", ".xyz.gz", ".traj", ".db", ".json", ".h5"])
 def test_predict_writes_what_the_model_says_and_marks_it(model, trained, tmp_path, suffix: str) -> None:
     frames = [replace(f, energy=None, forces=None, stress=None) for f in emt_frames(7, seed=4)]
-    frames[3] = replace(frames[3], info={"REF_energy": -1.25, "name": "fourth"})
+    frames[3] = replace(frames[3], info={"name": "fourth"})
     write_frames(tmp_path / "in.xyz", frames)
     out = tmp_path / f"out{suffix}"
     assert "wrote 7 frames" in run("predict", model, tmp_path / "in.xyz", "--samples", 4, "--output", out)
@@ -152,8 +152,8 @@ def test_predict_writes_what_the_model_says_and_marks_it(model, trained, tmp_pat
     for frame, got in zip(frames, kept, strict=True):
         atoms = frame.to_atoms()
         atoms.calc = DropoutCalculator(trained, n_samples=4)
-        if "name" not in frame.info:  # REF_energy is the label of that frame
-            assert got.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+        assert got.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+        assert got.info.get("name") == frame.info.get("name")
         np.testing.assert_allclose(got.forces, atoms.get_forces(), atol=1e-6)
         np.testing.assert_allclose(got.stress, atoms.get_stress(), atol=1e-6)
         sigma = float(atoms.calc.get_property("energy_uncertainty", atoms))
