@@ -181,7 +181,8 @@ class ActiveLoop:
     def _start_frames(self) -> tuple[list[Frame], list[Frame]]:
         """Return the start frames that have their labels, and those that are to be labelled; each structure once."""
         settings = self.config.start
-        frames = list({frame_key(frame): frame for frame in read_labelled(settings.files, self._data())[0]}.values())
+        read, _ = read_labelled(settings.files, self._data(labels=not settings.relabel))
+        frames = list({frame_key(frame): frame for frame in read}.values())
         if settings.frames is not None and settings.frames < len(frames):
             rng = np.random.default_rng([self.config.seed, 0])
             frames = [frames[i] for i in sorted(rng.choice(len(frames), settings.frames, replace=False))]
@@ -229,8 +230,10 @@ class ActiveLoop:
         data = self._data()
         return {"validation": data.validation_fraction, "calibration": data.calibration_fraction}
 
-    def _data(self) -> DataSection:
-        return self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
+    def _data(self, labels: bool = True) -> DataSection:
+        """Return how files are read; where labels do not matter, predictions may stand in their place."""
+        data = self.config.train_config({"train": [self.state.store]}, self.config.state, 1).data
+        return data if labels else data.model_copy(update={"predictions_as_labels": True})
 
     def limits(self, number: int, model: TrainedModel) -> Limits:
         """Return where frames are flagged and runs end in a round, by its model.
@@ -262,7 +265,7 @@ class ActiveLoop:
         """Return the runs of a round, whose start frames are those that were labelled before it."""
         settings = self.config.explore
         files = settings.start_files
-        starts = read_labelled(files, self._data())[0] if files else self.known(number)
+        starts = read_labelled(files, self._data(labels=False))[0] if files else self.known(number)
         return plan_runs(settings, [f for f in starts if len(f) > 1] or starts, self.config.seed, number)
 
     def known(self, number: int) -> list[Frame]:

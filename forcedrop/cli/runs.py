@@ -316,9 +316,15 @@ def _start(structure: Path, index: int, repeat: tuple[int, int, int], model: Any
     except BadFrames as error:
         more = f" (and {len(error.problems) - 1} more problems)" if len(error.problems) > 1 else ""
         raise ValueError(f"cannot start from {error.problems[0]}{more}") from None
-    if not -len(frames) <= index < len(frames):
+    if reading.skip_bad and index >= 0:  # frames keep their numbers
+        found = next((frame for frame in frames if frame.source == f"{structure}#{index}"), None)
+        if found is None:
+            raise ValueError(f"{structure} has no good frame {index}")
+    elif not -len(frames) <= index < len(frames):
         raise ValueError(f"{structure} holds {len(frames)} frames, asked for frame {index}")
-    start = frames[index].to_atoms()
+    else:
+        found = frames[index]
+    start = found.to_atoms()
     if repeat == (1, 1, 1):
         return start
     if any(times < 1 or (times > 1 and not periodic) for times, periodic in zip(repeat, start.pbc, strict=True)):

@@ -65,7 +65,7 @@ def predicted(frame: Frame) -> tuple[str, ...]:
     return have if beside else ()
 
 
-def settle(frames: Sequence[Frame], use: Use = "refuse") -> list[Frame]:
+def only_labels(frames: Sequence[Frame], use: Use = "refuse") -> list[Frame]:
     """Return frames whose labels are labels, in the way that ``use`` says.
 
     Raises:

@@ -24,6 +24,7 @@ from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
 from forcedrop.structures.plausible import questions
+from forcedrop.structures.predictions import Use, only_labels
 from forcedrop.structures.pymatgen_io import raw_from_pymatgen
 from forcedrop.structures.store import FrameStore
 from forcedrop.structures.telling import Tell, say, settle
@@ -80,6 +81,7 @@ def read_checked(
     *,
     elements: Collection[int] | None = None,
     labels_needed: bool = False,
+    predictions: Use = "refuse",
     tell: Tell | None = None,
     **options: Any,
 ) -> tuple[list[Frame], list[Problem]]:
@@ -97,6 +99,8 @@ def read_checked(
         reading: names, units, and what becomes of bad frames.
         elements: atomic numbers to accept; all if not given.
         labels_needed: refuse a file in which no frame has an energy or forces.
+        predictions: in the place of labels, as in files of dynamics: refused, dropped (where labels do not matter), or kept, that
+            is taken for labels; see ``forcedrop.structures.predictions``.
         tell: gets each line on names and units that were read, and on what may be a mistake; without it the latter are
             warnings.
         options: fields of :class:`Reading`, instead of ``reading``.
@@ -106,13 +110,15 @@ def read_checked(
 
     Raises:
         BadFrames: for bad frames, unless ``skip_bad``.
+        PredictedLabels: for predictions in the place of labels, unless ``predictions`` says otherwise.
         ValueError: if a file cannot be read, is empty, or lacks a label that was asked for; if its numbers can hardly be in their
             units, unless ``trust_units``; or nothing is left.
     """
     reading = reading or Reading(**options)
     read: dict[Path, Labelled] = {}
     for path in map(Path, paths):
-        found = read[path] = read_file(path, reading)
+        found = read_file(path, reading)
+        found = read[path] = replace(found, frames=only_labels(found.frames, predictions))
         if not found.frames and not found.problems:
             raise ValueError(f"{path} holds no structures")
         if labels_needed and found.frames and all(f.energy is None and f.forces is None for f in found.frames):

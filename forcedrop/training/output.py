@@ -21,17 +21,20 @@ def claim_training(config: TrainConfig, *, overwrite: bool, resume: bool) -> Non
         resume: whether it was meant to go on; there was nothing to go on from.
 
     Raises:
-        ValueError: naming the file that is there.
+        ConfigError: naming the file that is there.
     """
     if resume and overwrite:
         raise ConfigError("either go on with the training or overwrite it (--resume, --overwrite), not both")
     data, out = config.data, config.output
     isolated = [data.isolated_atoms] if isinstance(data.isolated_atoms, Path) else []
     read = [config.start, *data.train, *(data.validation or []), *(data.calibration or []), *isolated]
-    otherwise = f"{out} holds a training already; --resume goes on with it, --overwrite removes it"
+    otherwise = "--resume goes on with the training, --overwrite removes it"
     if resume:
         otherwise = f"there is no {CHECKPOINT} to go on from; --overwrite removes what is there"
-    claim([out / name for name in (CHECKPOINT, MODEL, LOG)], read, overwrite=overwrite, otherwise=otherwise)
+    try:
+        claim([out / name for name in (CHECKPOINT, MODEL, LOG)], read, overwrite=overwrite, otherwise=otherwise)
+    except ValueError as error:
+        raise ConfigError(f"`output`: {error}") from None
 
 
 def remove_training(out: Path) -> None:

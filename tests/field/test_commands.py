@@ -87,7 +87,7 @@ def test_flag_picks_as_the_loop_does(model, trained, tmp_path) -> None:
     different = emt_frames(6, seed=8, scale=0.2)
     copies = [different[0]] * 5
     frames = [*copies, *different]
-    flags = flag(trained, frames, threshold=0.0, n_samples=4)
+    flags = flag(trained, frames, threshold=0.0, n_samples=8)
     plain, diverse = select(trained, flags, 5), select(trained, flags, 5, diverse=True)
     assert [f.info["sigma_max_force"] for f in plain] == sorted(flags.values, reverse=True)[:5]
 
@@ -99,7 +99,7 @@ def test_flag_picks_as_the_loop_does(model, trained, tmp_path) -> None:
     known = select(trained, flags, 5, diverse=True, known=different[:3])
     assert not {np.round(f.pos, 6).tobytes() for f in known} & {np.round(f.pos, 6).tobytes() for f in different[:3]}
     write_frames(tmp_path / "in.h5", frames)
-    call = ["flag", model, tmp_path / "in.h5", "--threshold", 0, "--samples", 4, "--number", 3]
+    call = ["flag", model, tmp_path / "in.h5", "--threshold", 0, "--samples", 8, "--number", 3]
     run(*call, "--diverse", "--output", tmp_path / "f.traj")
     assert distinct(read_frames(tmp_path / "f.traj")) == 3
     run(*call, "--output", tmp_path / "g.db")

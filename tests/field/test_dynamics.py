@@ -93,7 +93,7 @@ def test_constraints_that_dynamics_obeys_are_obeyed(trained, tmp_path, kind: str
     atoms = crystal(WIDE if kind == "bond" else (2, 1, 1))
     atoms.set_constraint(constraint)
     first = atoms.copy()
-    run_md(atoms, DropoutCalculator(trained, 2), tmp_path, ensemble=ensemble, steps=15, temperature=300, timestep=1.0)
+    run_md(atoms, DropoutCalculator(trained, 8), tmp_path, ensemble=ensemble, steps=15, temperature=300, timestep=1.0)
     assert change(first, atoms) < 1e-6
     assert abs(atoms.positions - first.positions).max() > 0.01
 
@@ -101,7 +101,7 @@ def test_constraints_that_dynamics_obeys_are_obeyed(trained, tmp_path, kind: str
 def test_energy_is_conserved_with_fixed_atoms_and_springs(trained, tmp_path) -> None:
     atoms = crystal(WIDE)
     atoms.set_constraint([FixAtoms([3]), Hookean(0, 1, k=2.0, rt=2.0)])
-    run = run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=40, timestep=1.0, temperature=200)
+    run = run_md(atoms, DropoutCalculator(trained, 8), tmp_path, steps=40, timestep=1.0, temperature=200)
     kinetic = np.std([row["kinetic_eV"] for row in run.rows])
     assert np.ptp([row["total_eV"] for row in run.rows]) < 0.05 * kinetic
 
@@ -111,7 +111,7 @@ def test_a_run_with_fixed_atoms_is_resumed_to_the_same_bits(trained, tmp_path) -
         atoms = crystal()
         atoms.set_constraint(FixAtoms(LOWEST))
         return run_md(
-            atoms, DropoutCalculator(trained, 2), folder, ensemble=NVT(0.02), steps=steps, timestep=2.0, resume=resume
+            atoms, DropoutCalculator(trained, 8), folder, ensemble=NVT(0.02), steps=steps, timestep=2.0, resume=resume
         )
 
     whole = go(tmp_path / "a", 40)
@@ -120,7 +120,7 @@ def test_a_run_with_fixed_atoms_is_resumed_to_the_same_bits(trained, tmp_path) -
     free = crystal()
     with pytest.raises(ValueError, match="another structure"):
         run_md(
-            free, DropoutCalculator(trained, 2), tmp_path / "b", ensemble=NVT(0.02), steps=60, timestep=2.0, resume=True
+            free, DropoutCalculator(trained, 8), tmp_path / "b", ensemble=NVT(0.02), steps=60, timestep=2.0, resume=True
         )
 
 
@@ -130,7 +130,7 @@ def test_going_back_leaves_fixed_atoms_alone(trained, tmp_path) -> None:
     before = atoms.positions.copy()
     low = 0.5 * trained.calibration.threshold("max_force", 0.5)
     guard = GuardSettings(Band(low, 1.001 * low), RollBack(most=3), spacing=2.0, check_every=1)
-    run = run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=30, timestep=2.0, temperature=900, guard=guard)
+    run = run_md(atoms, DropoutCalculator(trained, 8), tmp_path, steps=30, timestep=2.0, temperature=900, guard=guard)
     assert any(event.back_to is not None for event in run.events) or run.stopped is not None
     np.testing.assert_array_equal(atoms.positions[LOWEST], before[LOWEST])
     assert all(frame.constraints for frame in run.flagged_frames)
@@ -180,21 +180,21 @@ def test_constraints_that_dynamics_would_not_obey_are_refused(trained, tmp_path,
     atoms = crystal()
     atoms.set_constraint(constraint)
     with pytest.raises(ValueError, match=f"would not obey the constraint {type(constraint).__name__}"):
-        run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=2)
+        run_md(atoms, DropoutCalculator(trained, 8), tmp_path, steps=2)
     perfect = bulk("Cu", a=3.6, cubic=True)
     perfect.set_constraint(FixSymmetry(perfect))
     with pytest.raises(ValueError, match="FixSymmetry"):
-        run_md(perfect, DropoutCalculator(trained, 2), tmp_path, steps=2)
+        run_md(perfect, DropoutCalculator(trained, 8), tmp_path, steps=2)
 
 
 def test_npt_and_fixed_atoms_do_not_go_together(trained, tmp_path) -> None:
     atoms = bulk("Cu", a=3.6, cubic=True)
     atoms.set_constraint(FixAtoms([0]))
     with pytest.raises(ValueError, match=r"NPT scales .*FixAtoms"):
-        run_md(atoms, DropoutCalculator(trained, 2), tmp_path, ensemble=NPT(), steps=2)
+        run_md(atoms, DropoutCalculator(trained, 8), tmp_path, ensemble=NPT(), steps=2)
     atoms.set_constraint(FixAtoms([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="hold all atoms"):
-        run_md(atoms, DropoutCalculator(trained, 2), tmp_path, ensemble=NVT(), steps=2)
+        run_md(atoms, DropoutCalculator(trained, 8), tmp_path, ensemble=NVT(), steps=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -265,3 +265,13 @@ def test_a_bad_start_does_not_point_to_an_option_that_md_has_not(model, tmp_path
     assert "bad.xyz#0" in out
     assert "skip" not in out
     assert len(out.strip().splitlines()) == 1
+
+
+def test_frames_keep_their_numbers_where_bad_ones_are_skipped(model, tmp_path) -> None:
+    images = [frame.to_atoms() for frame in emt_frames(3)]
+    images[0].positions[1] = images[0].positions[0]
+    ase.io.write(tmp_path / "a.xyz", images)
+    md = ["md", model, tmp_path / "a.xyz", "--skip-bad", "--steps", 1, "--samples", 4, "--output", tmp_path / "md"]
+    assert "has no good frame 0" in run(*md, "--index", 0, code=1)
+    run(*md, "--index", 2)
+    np.testing.assert_allclose(FrameStore(tmp_path / "md" / "md.h5")[0].pos, images[2].positions, atol=1e-7)

@@ -43,7 +43,7 @@ def commands(model: Path, frames: Path, out: Path) -> dict[str, list[object]]:
         "predict": ["predict", model, frames, "--samples", 4, "--output", out / "p.xyz"],
         "evaluate": ["evaluate", model, frames, "--samples", 4, "--output", out / "e", "--write", out / "w.xyz"],
         "compare": ["compare", model, "--test", frames, "--samples", 4, "--output", out / "c"],
-        "fill": ["fill", model, "--data", frames, "--held-out", frames, "--functions", 4, "--output", out / "f.pt"],
+        "fill": ["fill", model, "--data", frames, "--held-out", frames, "--functions", 8, "--output", out / "f.pt"],
         "md": ["md", model, frames, "--steps", 2, "--samples", 4, "--output", out / "md"],
         "ranking": ["flag", model, frames, "--threshold", 0, "--samples", 4, "--output", out / "f.xyz", "--ranking",
                     out / "r.csv"],
@@ -91,7 +91,7 @@ def test_fill_does_not_write_over_the_model(model, frames, tmp_path) -> None:
     own = tmp_path / "own.pt"
     shutil.copy(model, own)
     before = own.read_bytes()
-    fill = ["fill", own, "--data", frames, "--held-out", frames, "--functions", 4]
+    fill = ["fill", own, "--data", frames, "--held-out", frames, "--functions", 8]
     assert "own_filled.pt" in run(*fill)
     assert own.read_bytes() == before
     assert "is read and would be written" in run(*fill, "--output", own, "--overwrite", code=1)
@@ -164,14 +164,14 @@ def test_run_md_in_python_follows_the_rule(trained, tmp_path) -> None:
         return emt_frames(1)[0].to_atoms()
 
     atoms = start()
-    run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=2, timestep=2.0)
+    run_md(atoms, DropoutCalculator(trained, 8), tmp_path, steps=2, timestep=2.0)
     with pytest.raises(ValueError, match=r"restart\.pt exists; --resume"):
-        run_md(start(), DropoutCalculator(trained, 2), tmp_path, steps=2, timestep=2.0)
+        run_md(start(), DropoutCalculator(trained, 8), tmp_path, steps=2, timestep=2.0)
     run = run_md(
-        atoms, DropoutCalculator(trained, 2), tmp_path, steps=4, timestep=2.0, resume=True
+        atoms, DropoutCalculator(trained, 8), tmp_path, steps=4, timestep=2.0, resume=True
     )  # atoms it moved itself
     assert [row["step"] for row in run.rows] == [0, 2, 4]
-    run_md(start(), DropoutCalculator(trained, 2), tmp_path, steps=1, timestep=2.0, overwrite=True)
+    run_md(start(), DropoutCalculator(trained, 8), tmp_path, steps=1, timestep=2.0, overwrite=True)
 
 
 def test_train_keeps_a_model_and_its_own_input(tmp_path) -> None:
@@ -180,7 +180,7 @@ def test_train_keeps_a_model_and_its_own_input(tmp_path) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.pt").write_bytes(b"somebody's")  # without a checkpoint
-    assert "holds a training already" in run("train", tmp_path / "t.yaml", code=1)
+    assert "model.pt exists; --resume goes on with the training" in run("train", tmp_path / "t.yaml", code=1)
     assert "no last.pt to go on from" in run("train", tmp_path / "t.yaml", "--resume", code=1)
     assert (tmp_path / "run" / "model.pt").read_bytes() == b"somebody's"
     run("train", tmp_path / "t.yaml", "--overwrite")

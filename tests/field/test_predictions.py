@@ -12,10 +12,13 @@ from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
 from forcedrop import DropoutCalculator, FrameStore, read_frames
+from forcedrop.active import ActiveLoop
+from forcedrop.active.config import parse_active_config
 from forcedrop.cli import app
 from forcedrop.structures import write_frames
-from forcedrop.structures.predictions import MARK, PredictedLabels, mark, predicted, settle
+from forcedrop.structures.predictions import MARK, PredictedLabels, mark, only_labels, predicted
 from forcedrop.structures.streaming import structures_in
+from forcedrop.training.data import read_labelled
 from tests.conftest import emt_frames, settings
 
 
@@ -34,7 +37,7 @@ def model(trained_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def dynamics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dynamics")
-    write_frames(folder / "start.xyz", emt_frames(1))
+    write_frames(folder / "start.xyz", emt_frames(1, seed=33))
     run("md", model, folder / "start.xyz", "--steps", 40, "--samples", 4, "--output", folder / "md")
     return folder / "md"
 
@@ -46,13 +49,38 @@ def test_dynamics_are_refused_as_labels_by_every_command(model, dynamics, tmp_pa
     assert words in run("evaluate", model, file, code=1)
     assert words in run("compare", model, "--test", file, code=1)
     write_frames(tmp_path / "train.h5", emt_frames(16))
-    assert words in run("fill", model, "--data", file, "--held-out", tmp_path / "train.h5", "--functions", 4, code=1)
+    assert words in run("fill", model, "--data", file, "--held-out", tmp_path / "train.h5", "--functions", 8, code=1)
     values = settings(tmp_path, epochs=1, data={"train": [str(tmp_path / "train.h5"), str(file)]})
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
     out = run("train", tmp_path / "t.yaml", code=1)
     assert words in out
     assert "predictions_as_labels: true" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loop_refuses_them_where_it_would_learn_from_them(dynamics, tmp_path) -> None:
+    start = {"files": [str(dynamics / "md.h5")]}
+    with pytest.raises(PredictedLabels, match="5 of 5 frames"):
+        loop(tmp_path / "a", start=start).describe()
+    assert "5 frames, 0 of them labelled already" in loop(tmp_path / "b", start={**start, "relabel": True}).describe()
+    write_frames(tmp_path / "start.h5", emt_frames(12))
+    files = {"start": {"files": [str(tmp_path / "start.h5")]}, "explore": {"start_files": [str(dynamics / "md.xyz")]}}
+    explored = loop(tmp_path / "c", **files)
+    assert explored.describe()
+    assert read_labelled(explored.config.explore.start_files, explored._data(labels=False))  # to start dynamics from
+
+
+def loop(folder: Path, **changes: dict) -> ActiveLoop:
+    folder.mkdir()
+    values = {
+        "state": "state",
+        "oracle": {"name": "tests.active.faulty:oracle", "settings": {"log": str(folder / "calls")}},
+        "training": {"model": {"cutoff": 4.0, "n_channels": 4, "l_max": 2, "n_radial": 4, "n_hidden": 4}},
+        "stop": {"labels": 19},
+        "explore": {"temperatures": [600], **changes.pop("explore", {})},
+        **changes,
+    }
+    return ActiveLoop(parse_active_config(values, folder=folder))
 
 
 def test_they_can_be_asked_for(model, dynamics, tmp_path) -> None:
@@ -99,7 +127,7 @@ def test_frames_that_were_labelled_anew_are_labels(dynamics, tmp_path) -> None:
     only = [replace(f, forces=old.forces) for f, old in zip(frames, FrameStore(dynamics / "md.h5"), strict=True)]
     assert predicted(only[-1]) == ("forces",)
     with pytest.raises(PredictedLabels, match=r"\(forces\)"):
-        settle(only)
+        only_labels(only)
 
 
 def test_evaluated_frames_keep_their_reference_labels(model, tmp_path) -> None:
@@ -113,7 +141,7 @@ def test_evaluated_frames_keep_their_reference_labels(model, tmp_path) -> None:
 @pytest.mark.parametrize("suffix", [".xyz", ".xyz.gz", ".traj", ".db", ".json", ".h5"])
 def test_predict_writes_what_the_model_says_and_marks_it(model, trained, tmp_path, suffix: str) -> None:
     frames = [replace(f, energy=None, forces=None, stress=None) for f in emt_frames(7, seed=4)]
-    frames[3] = replace(frames[3], info={"REF_energy": -1.25, "name": "fourth"})
+    frames[3] = replace(frames[3], info={"name": "fourth"})
     write_frames(tmp_path / "in.xyz", frames)
     out = tmp_path / f"out{suffix}"
     assert "wrote 7 frames" in run("predict", model, tmp_path / "in.xyz", "--samples", 4, "--output", out)
@@ -124,8 +152,8 @@ def test_predict_writes_what_the_model_says_and_marks_it(model, trained, tmp_pat
     for frame, got in zip(frames, kept, strict=True):
         atoms = frame.to_atoms()
         atoms.calc = DropoutCalculator(trained, n_samples=4)
-        if "name" not in frame.info:  # REF_energy is the label of that frame
-            assert got.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+        assert got.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+        assert got.info.get("name") == frame.info.get("name")
         np.testing.assert_allclose(got.forces, atoms.get_forces(), atol=1e-6)
         np.testing.assert_allclose(got.stress, atoms.get_stress(), atol=1e-6)
         sigma = float(atoms.calc.get_property("energy_uncertainty", atoms))
@@ -153,7 +181,7 @@ def test_predict_holds_a_block_at_a_time(trained, tmp_path) -> None:
             taken += 1
             yield frame
 
-    found = predicted_frames(trained, frames(), n_samples=2, most_atoms=16)
+    found = predicted_frames(trained, frames(), n_samples=8, most_atoms=16)
     next(found)
     assert taken == 5  # a block of four, and the one that was too many
     assert len(list(found)) == 39

@@ -101,7 +101,7 @@ def test_evaluation_does_not_write_over_what_it_reads(trained_folder: Path, tmp_
     arguments = ["evaluate", trained_folder / "run" / "model.pt", tmp_path / "frames.h5", "--output", tmp_path]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 1
-    assert "would be overwritten" in result.output
+    assert "is read and would be written" in result.output
     assert not read_frames(tmp_path / "frames.h5")[0].arrays
 
 

@@ -114,7 +114,7 @@ def test_kill_leaves_a_resumable_checkpoint(folder: Path) -> None:
 
 
 def test_a_second_training_does_not_overwrite_the_first(trained_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="holds a training already; go on with it"):
+    with pytest.raises(ConfigError, match="exists; --resume goes on with the training"):
         train(parse_config(settings(trained_folder)))
 
 
