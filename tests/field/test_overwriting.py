@@ -31,6 +31,7 @@ def model(trained_folder: Path) -> Path:
 @pytest.fixture
 def frames(tmp_path: Path) -> Path:
     write_frames(tmp_path / "in.xyz", emt_frames(6, seed=5))
+    write_frames(tmp_path / "held.xyz", emt_frames(6, seed=6))
     return tmp_path / "in.xyz"
 
 
@@ -43,7 +44,8 @@ def commands(model: Path, frames: Path, out: Path) -> dict[str, list[object]]:
         "predict": ["predict", model, frames, "--samples", 4, "--output", out / "p.xyz"],
         "evaluate": ["evaluate", model, frames, "--samples", 4, "--output", out / "e", "--write", out / "w.xyz"],
         "compare": ["compare", model, "--test", frames, "--samples", 4, "--output", out / "c"],
-        "fill": ["fill", model, "--data", frames, "--held-out", frames, "--functions", 8, "--output", out / "f.pt"],
+        "fill": ["fill", model, "--data", frames, "--held-out", frames.with_name("held.xyz"), "--functions", 8, "--output",
+                 out / "f.pt"],
         "md": ["md", model, frames, "--steps", 2, "--samples", 4, "--output", out / "md"],
         "ranking": ["flag", model, frames, "--threshold", 0, "--samples", 4, "--output", out / "f.xyz", "--ranking",
                     out / "r.csv"],
@@ -91,7 +93,7 @@ def test_fill_does_not_write_over_the_model(model, frames, tmp_path) -> None:
     own = tmp_path / "own.pt"
     shutil.copy(model, own)
     before = own.read_bytes()
-    fill = ["fill", own, "--data", frames, "--held-out", frames, "--functions", 8]
+    fill = ["fill", own, "--data", frames, "--held-out", frames.with_name("held.xyz"), "--functions", 8]
     assert "own_filled.pt" in run(*fill)
     assert own.read_bytes() == before
     assert "is read and would be written" in run(*fill, "--output", own, "--overwrite", code=1)
