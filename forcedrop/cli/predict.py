@@ -69,7 +69,9 @@ def _structures(files: list[Path], length_unit: str | None) -> Iterator[Any]:
         yield from structures_in(path, length_unit)
 
 
-def _look(files: list[Path], elements: tuple[int, ...], length_unit: str | None, skip_bad: bool) -> tuple[set[str], int]:
+def _look(
+    files: list[Path], elements: tuple[int, ...], length_unit: str | None, skip_bad: bool
+) -> tuple[set[str], int]:
     """Check every structure before anything is computed; return the sources of bad ones, and how many are good."""
     from forcedrop.structures import BadFrames, check_frames
 

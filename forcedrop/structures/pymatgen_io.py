@@ -10,7 +10,7 @@ import numpy as np
 from forcedrop.structures.conversion import Conversion
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.labels import LabelKeys, Raw, labelled
-from forcedrop.structures.telling import settle
+from forcedrop.structures.telling import accepted
 
 _CARRIED = {"magmom": "magmoms", "charge": "charges"}
 
@@ -26,7 +26,7 @@ def frames_from_pymatgen(items: Sequence[Any], source: str = "<memory>", keys: L
     Raises:
         ValueError: naming the item that is none of these, or a site that is not one element; for a label of a wrong shape.
     """
-    return settle(labelled(raws_from_pymatgen(items, source), keys or LabelKeys(), Conversion(), source))
+    return accepted(labelled(raws_from_pymatgen(items, source), keys or LabelKeys(), Conversion(), source))
 
 
 def raws_from_pymatgen(items: Sequence[Any], source: str) -> list[Raw]:

@@ -25,9 +25,10 @@ from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
 from forcedrop.structures.plausible import questions
+from forcedrop.structures.predictions import Use, settle
 from forcedrop.structures.pymatgen_io import raws_from_pymatgen
 from forcedrop.structures.store import FrameStore
-from forcedrop.structures.telling import Tell, say, settle
+from forcedrop.structures.telling import Tell, accepted, say
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def read_checked(
     *,
     elements: Collection[int] | None = None,
     labels_needed: bool = False,
+    predictions: Use = "refuse",
     tell: Tell | None = None,
     **options: Any,
 ) -> tuple[list[Frame], list[Problem]]:
@@ -98,6 +100,8 @@ def read_checked(
         reading: names, units, and what becomes of bad frames.
         elements: atomic numbers to accept; all if not given.
         labels_needed: refuse a file in which no frame has an energy or forces.
+        predictions: in the place of labels, as in files of dynamics: refused, dropped (where labels do not matter), or kept, that
+            is taken for labels; see ``forcedrop.structures.predictions``.
         tell: gets each line on names and units that were read, and on what may be a mistake; without it the latter are
             warnings.
         options: fields of :class:`Reading`, instead of ``reading``.
@@ -107,6 +111,7 @@ def read_checked(
 
     Raises:
         BadFrames: for bad frames, unless ``skip_bad``.
+        PredictedLabels: for predictions in the place of labels, unless ``predictions`` says otherwise.
         ValueError: if a file cannot be read, is empty, or lacks a label that was asked for; if its numbers can hardly be in their
             units, unless ``trust_units``; or nothing is left.
     """
@@ -116,6 +121,7 @@ def read_checked(
         found = read[path] = read_file(path, reading)
         if not found.frames:
             raise ValueError(f"{path} holds no structures")
+        found.frames = settle(found.frames, predictions)
         if labels_needed and all(f.energy is None and f.forces is None for f in found.frames):
             raise ValueError(_no_labels(path, found.names))
     problems = [problem for found in read.values() for problem in found.problems]
@@ -142,7 +148,7 @@ def frames_from_atoms(images: Iterable[Atoms], keys: LabelKeys | None = None, so
     Raises:
         ValueError: if a label that ``keys`` names is in none of them, or is no label.
     """
-    return settle(labelled(_from_atoms(list(images), source), keys or LabelKeys(), Conversion(), source))
+    return accepted(labelled(_from_atoms(list(images), source), keys or LabelKeys(), Conversion(), source))
 
 
 def read_file(path: Path, reading: Reading) -> Labelled:
@@ -255,8 +261,7 @@ def _read_ase(path: Path) -> list[Raw]:
     is_xyz = path.name.lower().removesuffix(".gz").endswith((".xyz", ".extxyz"))
     if path.stat().st_size == 0:
         return []
-    how: dict[str, Any] = {"format": "extxyz", "properties_parser": _comment} if is_xyz else {}
-    images: Any = ase.io.read(path, index=":", **how)
+    images: Any = ase.io.read(path, index=":", **(EXTXYZ if is_xyz else {}))
     return _from_atoms(images, str(path))
 
 
@@ -269,6 +274,9 @@ def _comment(line: str) -> dict[str, Any]:
         values = key_val_str_to_dict(hidden)
         return {name.removeprefix(_HIDDEN): value for name, value in values.items()}
 
+
+EXTXYZ: dict[str, Any] = {"format": "extxyz", "properties_parser": _comment}
+"""How ASE reads extended XYZ files."""
 
 _HIDDEN = "forcedrop-"
 _TENSOR = re.compile(r"(^|\s)(stress|virial)\s*=")

@@ -27,8 +27,8 @@ def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[
 
     Args:
         path: the file.
-        length_unit: of positions and cells in it, by default Å; where it is not, what else the file holds is left out, for its units are not
-            known.
+        length_unit: of positions and cells in it, by default Å; where it is another, what else the file holds is left out, for its
+            units are not known.
 
     Raises:
         ValueError: if the file cannot be read, naming the frame.

@@ -62,7 +62,9 @@ class DataSection(_Section):
     virial_key: str | None = Field(None, description="name of the virial, instead of a stress")
     energy_unit: str | None = Field(None, description="of energies and virials; eV, or what an npz file says")
     length_unit: str | None = Field(None, description="of positions and cells; Angstrom")
-    forces_unit: str | None = Field(None, description="the energy's over the length's; over Bohr for Hartree and Rydberg")
+    forces_unit: str | None = Field(
+        None, description="the energy's over the length's; over Bohr for Hartree and Rydberg"
+    )
     stress_unit: str | None = Field(None, description="the energy's over a volume, like forces")
     skip_bad: bool = Field(False, description="drop and list bad frames instead of stopping")
     trust_units: bool = Field(False, description="take numbers that can hardly be in their unit, with a word")
