@@ -27,7 +27,7 @@ def structures_in(path: str | Path, length_unit: str | None = None) -> Iterator[
 
     Args:
         path: the file.
-        length_unit: of positions and cells in it, by default Å; where it is another, what else the file holds is left out, for its
+        length_unit: of positions and cells in it, by default Å; where it is another, what else the file has is left out, as its
             units are not known.
 
     Raises:
