@@ -345,3 +345,12 @@ def test_commands_take_the_same_options() -> None:
         for option in ("energy-key", "forces-key", "stress-key", "virial-key", "energy-unit", "length-unit", "forces-unit",
                        "stress-unit", "skip-bad", "trust-units"):  # fmt: skip
             assert f"--{option}" in text, (command, option)
+
+
+def test_two_units_of_length_in_one_file(tmp_path: Path) -> None:
+    frames = copper(12)
+    mixed = [scaled(f, length=1 / units.Bohr, stress=0) if k > 7 else scaled(f, stress=0) for k, f in enumerate(frames)]
+    with pytest.warns(UserWarning, match="ratio of Bohr and Angstrom"):
+        read_frames(file_of(tmp_path / "a.xyz", mixed, stress=0))
+    squeezed = [scaled(f, length=0.65, stress=0) if k > 9 else scaled(f, stress=0) for k, f in enumerate(frames)]
+    assert len(read_frames(file_of(tmp_path / "b.xyz", squeezed, stress=0))) == 12
