@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -183,6 +184,15 @@ def _changes(frames: Sequence[Frame]) -> Iterator[Question]:
         text = f"between frames of other cells energies change {stress:.3g} times as much as stress says"
         wrong_sign = "; is its sign that of VASP?" if abs(stress + 1) < 0.25 else ""
         yield Question(("stress",), f"{text} ({len(strained)} pairs){wrong_sign}")
+
+
+def not_per_bohr(frames: Sequence[Frame]) -> bool:
+    """Return whether neighbouring frames say that forces, read as per Bohr, are per Angstrom."""
+    found = [w for a, b in pairwise(frames[: 2 * MOST]) if (w := work(a, b)) is not None and w.stress == 0]
+    if len(found) < _PAIRS:
+        return False
+    (ratio,), (error,) = _slopes(found, ("forces",))
+    return abs(ratio / LENGTH["Bohr"] - 1) < 0.1 and error < 0.1 * LENGTH["Bohr"]
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from forcedrop.structures.frame import COMPUTED, Frame
 from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
-from forcedrop.structures.plausible import questions
+from forcedrop.structures.plausible import not_per_bohr, questions
 from forcedrop.structures.predictions import Use, settle
 from forcedrop.structures.pymatgen_io import raws_from_pymatgen
 from forcedrop.structures.store import FrameStore
 from forcedrop.structures.telling import Tell, accepted, say
+from forcedrop.units import unit
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,12 @@ def read_file(path: Path, reading: Reading) -> Labelled:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
+    if units.forces.name.endswith("/Bohr") and not {"forces", "length"} & units.stated and not_per_bohr(found.frames):
+        units = replace(units, forces=unit(f"{units.energy}/{units.length}", "force"))
+        found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
+        found.doubts.append(
+            f"{path}: forces are in {units.forces}, by the energies of neighbouring frames (`forces_unit`)"
+        )
     found.units = units
     if (
         assumed
