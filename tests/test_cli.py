@@ -124,7 +124,7 @@ def test_errors_are_one_message(folder, tmp_path) -> None:
     (tmp_path / "si.xyz").write_text('1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3\nSi 0 0 0\n')
     assert "si.xyz#0: z: atom 0 is Si; the model knows Cu" in run("flag", model, tmp_path / "si.xyz", code=1)
     assert "holds 8 frames, asked for frame 9" in run("md", model, folder / "test.h5", "--index", 9, code=1)
-    assert "none of the frames carries an energy" in run("evaluate", model, bare(tmp_path), code=1)
+    assert "bare.xyz: no frame has an energy or forces" in run("evaluate", model, bare(tmp_path), code=1)
 
 
 def bare(folder: Path) -> Path:

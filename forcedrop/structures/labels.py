@@ -13,6 +13,7 @@ from forcedrop.structures.checks import Problem
 from forcedrop.structures.conversion import Conversion
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.names import Kind, candidates, looks_like, meaning
+from forcedrop.structures.predictions import MARK
 from forcedrop.units import unit
 
 _VOIGT_FROM_9 = (0, 4, 8, 5, 2, 1)
@@ -213,8 +214,10 @@ class _Reading:
     def _compare(
         self, what: str, names: list[str], values: Mapping[str, Any], taken: Any, frame: Frame, own_unit: str | None
     ) -> None:
-        """Note which others of the same meaning are there and differ."""
+        """Note which others of the same meaning are there and differ; a marked prediction beside a label is none."""
         for other in names[1:]:
+            if other == what and MARK in frame.info:
+                continue
             try:
                 value = None if taken is None else self._value(what, other, values[other], frame, own_unit)
             except ValueError:

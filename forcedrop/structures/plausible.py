@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,9 @@ MOST = 200
 
 SHORT, LONG = 0.7, 1.45
 """Distances of most atoms to their nearest, in units of the sum of covalent radii, below and above which a unit is wrong."""
+
+REACH = 2.2
+"""How far the nearest atom is looked for, in the same units."""
 
 LARGE_FORCES, IMPOSSIBLE_FORCES = 15.0, 150.0
 """Root mean square forces of a typical frame [eV/Å] that are questioned, and refused."""
@@ -73,34 +77,41 @@ def _lengths(frames: Sequence[Frame]) -> Iterator[Question]:
     short = sum(ratio < SHORT for ratio in ratios) / len(ratios)
     far = sum(ratio > LONG for ratio in ratios) / len(ratios)
     typical = float(np.median([ratio for ratio in ratios if math.isfinite(ratio)] or [math.inf]))
-    times = f"{typical:.2f}" if math.isfinite(typical) else "more than 1.6"
+    times = f"{typical:.2f}" if math.isfinite(typical) else f"more than {REACH}"
     text = f"most atoms are {times} times the sum of covalent radii from their nearest"
     if short > 0.5:
         yield Question(("length",), f"{text}: positions in Angstrom read as Bohr, or in nm?", always=True)
     elif far > 0.5:
         several = min(len(frame) for frame in frames) > 3
         yield Question(("length",), f"{text}: positions in Bohr read as Angstrom?", grave=several and far > 0.8)
-    elif short > 0.1:
+    elif _mixed(ratios):
         yield Question(
-            ("length",),
-            f"in {short:.0%} of the frames atoms are too close for Angstrom: two units in one file?",
-            grave=False,
+            ("length",), "distances of some frames differ from the others' by the ratio of Bohr and Angstrom", False
         )
-    elif far > 0.1 and min(len(frame) for frame in frames) > 3:
-        yield Question(
-            ("length",), f"in {far:.0%} of the frames atoms are too far apart: two units in one file?", grave=False
-        )
+
+
+def _mixed(ratios: Sequence[float]) -> bool:
+    """Return whether some frames, more than a few, are in Bohr and the others in Å."""
+    for odd, even in (
+        ([r for r in ratios if r < SHORT], [r for r in ratios if r >= SHORT]),
+        ([r for r in ratios if r > LONG], [r for r in ratios if r <= LONG]),
+    ):
+        if len(odd) > max(2, 0.05 * len(ratios)) and even:
+            ratio = float(np.median(odd)) / float(np.median(even))
+            if any(abs(ratio / bohr - 1) < 0.1 for bohr in (LENGTH["Bohr"], 1 / LENGTH["Bohr"])):
+                return True
+    return False
 
 
 def nearest(frame: Frame) -> float | None:
     """Return the median over atoms of the distance to the nearest atom, in units of the sum of both covalent radii.
 
-    It is infinite where most have none within 1.6 such units, and None where noble gases make radii meaningless.
+    It is infinite where most have none within :data:`REACH` such units or 8 Å, and None where noble gases make radii meaningless.
     """
     if np.isin(frame.z, _NOBLE).any() or (frame.z < 1).any() or (frame.z >= len(covalent_radii)).any():
         return None
     radii = covalent_radii[frame.z]
-    reach = 1.1 * LONG * 2 * float(radii.max())
+    reach = min(REACH * 2 * float(radii.max()), 8.0)
     finder = NeighborList(cutoff=reach, full_list=True, n_threads=1)
     box = complete_cell(frame.cell, frame.pbc)
     i, j, d = finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="ijd")
@@ -173,6 +184,15 @@ def _changes(frames: Sequence[Frame]) -> Iterator[Question]:
         text = f"between frames of other cells energies change {stress:.3g} times as much as stress says"
         wrong_sign = "; is its sign that of VASP?" if abs(stress + 1) < 0.25 else ""
         yield Question(("stress",), f"{text} ({len(strained)} pairs){wrong_sign}")
+
+
+def not_per_bohr(frames: Sequence[Frame]) -> bool:
+    """Return whether neighbouring frames say that forces, read as per Bohr, are per Angstrom."""
+    found = [w for a, b in pairwise(frames[: 2 * MOST]) if (w := work(a, b)) is not None and w.stress == 0]
+    if len(found) < _PAIRS:
+        return False
+    (ratio,), (error,) = _slopes(found, ("forces",))
+    return abs(ratio / LENGTH["Bohr"] - 1) < 0.1 and error < 0.1 * LENGTH["Bohr"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from forcedrop.structures.conversion import Conversion
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.labels import LabelKeys, Raw, labelled
-from forcedrop.structures.telling import settle
+from forcedrop.structures.telling import accepted
 
 _CARRIED = {"magmom": "magmoms", "charge": "charges"}
 
@@ -33,7 +33,7 @@ def frames_from_pymatgen(items: Sequence[Any], source: str = "<memory>", keys: L
         ValueError: naming the item that is none of these, or a site that is not one element; for a label of a wrong shape.
     """
     raws = [raw_from_pymatgen(item, f"{source}#{index}") for index, item in enumerate(items)]
-    return settle(labelled(raws, keys or LabelKeys(), Conversion(), source))
+    return accepted(labelled(raws, keys or LabelKeys(), Conversion(), source))
 
 
 def raw_from_pymatgen(item: Any, source: str) -> Raw:

@@ -23,11 +23,12 @@ from forcedrop.structures.frame import COMPUTED, Frame
 from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
-from forcedrop.structures.plausible import questions
+from forcedrop.structures.plausible import not_per_bohr, questions
 from forcedrop.structures.predictions import Use, only_labels
 from forcedrop.structures.pymatgen_io import raw_from_pymatgen
 from forcedrop.structures.store import FrameStore
-from forcedrop.structures.telling import Tell, say, settle
+from forcedrop.structures.telling import Tell, accepted, say
+from forcedrop.units import unit
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def frames_from_atoms(images: Iterable[Atoms], keys: LabelKeys | None = None, so
         ValueError: if a label that ``keys`` names is in none of them, or is no label.
     """
     raws = [_raw(atoms, f"{source}#{index}") for index, atoms in enumerate(images)]
-    return settle(labelled(raws, keys or LabelKeys(), Conversion(), source))
+    return accepted(labelled(raws, keys or LabelKeys(), Conversion(), source))
 
 
 def read_file(path: Path, reading: Reading) -> Labelled:
@@ -181,6 +182,12 @@ def read_file(path: Path, reading: Reading) -> Labelled:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
+    if units.forces.name.endswith("/Bohr") and not {"forces", "length"} & units.stated and not_per_bohr(found.frames):
+        units = replace(units, forces=unit(f"{units.energy}/{units.length}", "force"))
+        found = labelled(raws, reading.keys, units, str(path), arrays=suffix == ".npz")
+        found.doubts.append(
+            f"{path}: forces are in {units.forces}, by the energies of neighbouring frames (`forces_unit`)"
+        )
     found.units, found.problems = units, damaged + found.problems
     if (
         assumed
@@ -270,7 +277,6 @@ def read_comment(line: str) -> dict[str, Any]:
         return {name.removeprefix(_HIDDEN): value for name, value in values.items()}
 
 
-"""How ASE is to read extended XYZ."""
 _HIDDEN = "forcedrop-"
 _TENSOR = re.compile(r"(^|\s)(stress|virial)\s*=")
 

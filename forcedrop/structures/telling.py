@@ -22,7 +22,7 @@ def say(found: Labelled, tell: Tell | None) -> None:
             warnings.warn(text, stacklevel=4)
 
 
-def settle(found: Labelled) -> list[Frame]:
+def accepted(found: Labelled) -> list[Frame]:
     """Return the frames, having warned of doubts.
 
     Raises:

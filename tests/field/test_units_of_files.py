@@ -145,9 +145,6 @@ WRONG = {
     "positions scaled too": (
         {"energy": HA, "forces": PER_BOHR, "stress": 0}, {"energy_unit": "Hartree", "length_unit": "Bohr"},
         "0.49 times the sum of covalent radii.*read as Bohr"),
-    "per Angstrom after all": (
-        {"energy": HA, "forces": HA, "stress": 0}, {"energy_unit": "Hartree"},
-        "0.5.* times as much as forces say.*forces are not per Bohr"),
     "Hartree as eV": (
         {"energy": HA, "forces": PER_BOHR, "stress": 0}, {},
         "1.[89].* times as much as forces say.*forces are per Bohr"),
@@ -345,3 +342,21 @@ def test_commands_take_the_same_options() -> None:
         for option in ("energy-key", "forces-key", "stress-key", "virial-key", "energy-unit", "length-unit", "forces-unit",
                        "stress-unit", "skip-bad", "trust-units"):  # fmt: skip
             assert f"--{option}" in text, (command, option)
+
+
+def test_two_units_of_length_in_one_file(tmp_path: Path) -> None:
+    frames = copper(12)
+    mixed = [scaled(f, length=1 / units.Bohr, stress=0) if k > 7 else scaled(f, stress=0) for k, f in enumerate(frames)]
+    with pytest.warns(UserWarning, match="ratio of Bohr and Angstrom"):
+        read_frames(file_of(tmp_path / "a.xyz", mixed, stress=0))
+    squeezed = [scaled(f, length=0.65, stress=0) if k > 9 else scaled(f, stress=0) for k, f in enumerate(frames)]
+    assert len(read_frames(file_of(tmp_path / "b.xyz", squeezed, stress=0))) == 12
+
+
+def test_forces_in_hartree_per_angstrom_are_recognised(tmp_path: Path) -> None:
+    made = copper()
+    path = file_of(tmp_path / "a.xyz", made, energy=HA, forces=HA, stress=0)
+    with pytest.warns(UserWarning, match="forces are in Hartree/Angstrom, by the energies of neighbouring frames"):
+        np.testing.assert_allclose(read_frames(path, energy_unit="Hartree")[0].forces, made[0].forces, atol=2e-5)
+    with pytest.raises(ValueError, match="forces are not per Bohr"):
+        read_frames(path, energy_unit="Hartree", length_unit="Angstrom")

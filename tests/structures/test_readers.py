@@ -119,7 +119,8 @@ def test_sgdml_npz_is_in_kcal_per_mol(tmp_path) -> None:
 
 def test_units_are_converted(tmp_path) -> None:
     ase.io.write(tmp_path / "a.xyz", labelled(), format="extxyz")
-    frame = read_frames(tmp_path / "a.xyz", energy_unit="Hartree", length_unit="Bohr")[0]
+    with pytest.warns(UserWarning, match=r"covalent radii|typical frame"):
+        frame = read_frames(tmp_path / "a.xyz", energy_unit="Hartree", length_unit="Bohr", trust_units=True)[0]
     assert frame.energy == pytest.approx(-5.5 * units.Hartree)
     np.testing.assert_allclose(frame.forces, FORCES * units.Hartree / units.Bohr, rtol=1e-7)
     np.testing.assert_allclose(frame.stress, STRESS * units.Hartree / units.Bohr**3, rtol=1e-7)
