@@ -270,7 +270,9 @@ def _hardly_begun(folder: Path) -> bool:
     """Return whether a folder holds no more than the first record of a run, or nothing."""
     table = folder / "md.csv"
     lines = table.read_bytes().count(b"\n") if table.is_file() else 0
-    return lines <= 2 and not (folder / "md.json").exists() and (lines > 0 or not (folder / "md.xyz").exists())
+    frames = folder / "md.xyz"
+    empty = not frames.exists() or frames.stat().st_size == 0
+    return lines <= 2 and not (folder / "md.json").exists() and (lines > 0 or empty)
 
 
 class _Run:

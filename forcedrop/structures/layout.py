@@ -1,8 +1,8 @@
 """How frames lie in the HDF5 file of a :class:`~forcedrop.structures.store.FrameStore`.
 
 Per-atom arrays of all frames lie behind one another with offsets ``ptr`` (n + 1), per-frame arrays have one row each, and texts
-(JSON of ``info``, constraints and the source) are bytes with offsets ``text_ptr``; ``check`` holds a checksum of everything that belongs to a
-frame. All data sets are chunked and grow, ``committed`` says how many frames count.
+(JSON of ``info``, constraints and the source) are bytes with offsets ``text_ptr``; ``check`` holds a checksum of everything that
+belongs to a frame. All data sets are chunked and grow, ``committed`` says how many frames count.
 """
 
 from __future__ import annotations
