@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forcedrop.active.state import State, frame_key, write_atomically
+from forcedrop.active.state import State, frame_key
+from forcedrop.files import write_text
 from forcedrop.structures import FrameStore
 
 AUDIT = (
@@ -104,9 +105,9 @@ def round_rows(state: State) -> list[dict[str, Any]]:
 
 def write_tables(state: State) -> list[dict[str, Any]]:
     """Write ``audit.csv`` and ``rounds.csv``; return the rows of the latter."""
-    write_atomically(state.folder / "audit.csv", _csv(AUDIT, audit_rows(state)))
+    write_text(state.folder / "audit.csv", _csv(AUDIT, audit_rows(state)))
     rows = round_rows(state)
-    write_atomically(state.folder / "rounds.csv", _csv(ROUNDS, rows))
+    write_text(state.folder / "rounds.csv", _csv(ROUNDS, rows))
     return rows
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from forcedrop.active.oracles import Oracle, Task, refusal
 from forcedrop.active.state import Journal, frame_key, read_json, write_json
 from forcedrop.active.worker import READY
+from forcedrop.files import DISK, WriteError
 from forcedrop.structures import Frame
 
 START_SECONDS = 120.0
@@ -264,6 +265,9 @@ def label_frames(
         folder: for the records; made if missing.
         rules: what to believe and how often to try.
         journal: notes every attempt that starts.
+
+    Raises:
+        WriteError: if a disk is full or lost, the one where the oracle computes included.
     """
     by_key = {frame_key(frame): frame for frame in frames}
     records = {key: read_json(folder / f"{key}.json") or {"key": key, "attempts": []} for key in by_key}
@@ -279,7 +283,12 @@ def label_frames(
                 running[executor.submit(Task(key, bare(frame).to_atoms(), oracle, stress, attempt))] = key
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
-                records[key] = _recorded(records[key], _answer(future), len(by_key[key]), rules)
+                answer = _answer(future)
+                if (
+                    answer.get("errno") in DISK
+                ):  # it is not the label's fault: it has all its attempts when there is room
+                    raise WriteError(answer["errno"], os.strerror(answer["errno"]), f"what {oracle.name} writes")
+                records[key] = _recorded(records[key], answer, len(by_key[key]), rules)
                 write_json(folder / f"{key}.json", records[key])
                 if _over(records[key], rules):
                     bar.update()

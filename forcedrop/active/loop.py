@@ -23,8 +23,9 @@ from forcedrop.active.config import ActiveConfig
 from forcedrop.active.design import MOST, information
 from forcedrop.active.exploring import Limits, Run, Seen, before_high, credible, explore, explored, plan_runs, summary
 from forcedrop.active.flagging import resolve_threshold
+from forcedrop.active.gathering import fresh, gathered, mend
 from forcedrop.active.judging import judge, stop_reason, verdict
-from forcedrop.active.labelling import DaskCluster, Executor, ProcessPool, Rules, bare, label_frames, labelled
+from forcedrop.active.labelling import DaskCluster, Executor, ProcessPool, Rules, bare, label_frames
 from forcedrop.active.oracles import Oracle, find_oracle
 from forcedrop.active.picking import (
     STRATEGIES,
@@ -38,10 +39,10 @@ from forcedrop.active.picking import (
 from forcedrop.active.processes import at_once
 from forcedrop.active.reopening import STOPPED, looking, reopen
 from forcedrop.active.roles import role_files
-from forcedrop.active.state import State, frame_key, read_json, write_atomically, write_frames_atomically, write_json
-from forcedrop.files import whole
+from forcedrop.active.state import State, frame_key, read_json, write_json
+from forcedrop.files import make_folder, write_bytes, write_text, writing
 from forcedrop.model import TrainedModel, load_model
-from forcedrop.structures import Frame, FrameStore, read_frames
+from forcedrop.structures import Frame, FrameStore, read_frames, write_frames
 from forcedrop.training import ConfigError, TrainConfig, train
 from forcedrop.training.config import DataSection
 from forcedrop.training.data import read_labelled
@@ -85,14 +86,18 @@ class ActiveLoop:
             ValueError: if another loop runs in the folder, or start frames or settings cannot be used.
             TrainingInterrupted: on Ctrl-C or SIGTERM while training.
         """
-        self.state.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.state.folder)
+        lock = FileLock(self.state.folder / "lock", timeout=0)
         try:
-            with FileLock(self.state.folder / "lock", timeout=0):
+            with writing(lock.lock_file):
+                held = lock.acquire()
+            with held:
                 write_json(self.state.folder / "loop.json", self._same)
                 settings = self.config.model_dump(exclude={"folder", "state"}, exclude_none=True)
                 settings = json.loads(json.dumps(settings, default=str))
-                write_atomically(self.state.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+                write_text(self.state.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
                 self.state.clean()
+                mend(self.state)
                 reopen(self.state, self.config, self.number() - 1)
                 return self._run()
         except Timeout:
@@ -135,9 +140,7 @@ class ActiveLoop:
             self._tables()
             reason = self.stopped()
             if reason is not None:
-                target = self.state.folder / MODEL
-                with whole(target) as part:
-                    part.write_bytes((self.state.round(number) / "model" / MODEL).read_bytes())
+                write_bytes(self.state.folder / MODEL, (self.state.round(number) / "model" / MODEL).read_bytes())
                 write_json(self.state.folder / STOPPED, {"reason": reason, "labels": len(self.state.frames())})
                 return reason
             limits = self._explore(number, models[0])
@@ -170,10 +173,8 @@ class ActiveLoop:
         if self.state.result(0, "pick") is None:
             ready, bare_ones = self._start_frames()
             picks = [replace(bare(f), info=_origin(f)) for f in bare_ones]
-            write_frames_atomically(self.state.round(0) / "picks.h5", picks)
-            write_frames_atomically(
-                self.state.round(0) / "ready.h5", [replace(f, arrays={}, info=_origin(f)) for f in ready]
-            )
+            write_frames(self.state.round(0) / "picks.h5", picks)
+            write_frames(self.state.round(0) / "ready.h5", [replace(f, arrays={}, info=_origin(f)) for f in ready])
             self.state.finish(0, "pick", {"picked": len(picks), "ready": len(ready)})
         self._label(0)
         self._append(0)
@@ -312,7 +313,7 @@ class ActiveLoop:
             )
             for p, s in ((p, candidates[p.index]) for p in picks)
         ]  # fmt: skip
-        write_frames_atomically(self.state.round(number) / "picks.h5", frames)
+        write_frames(self.state.round(number) / "picks.h5", frames)
         if len(models) > 1:  # flagged by a σ of their own
             n_flagged = int(pool.flagged.sum())
         values: dict[str, Any] = {
@@ -376,38 +377,29 @@ class ActiveLoop:
 
     def fresh(self, number: int) -> list[Frame]:
         """Return what was picked in a round and has got its label."""
-        with FrameStore(self.state.round(number) / "picks.h5") as store:
-            frames = store[:]
-        records = self.state.records(number)
-        pairs = [(frame, records[frame_key(frame)]) for frame in frames]
-        return [labelled(frame, record) for frame, record in pairs if record["status"] == "labelled"]
+        return fresh(self.state, number)
 
     def _judge(self, number: int, model: TrainedModel) -> None:
         """Compare the fresh labels with the model that has not seen them."""
         if self.state.result(number, "judge") is None:
             found, frames = judge(model, self.fresh(number))
             if frames:
-                write_frames_atomically(self.state.round(number) / "judged.h5", frames)
+                write_frames(self.state.round(number) / "judged.h5", frames)
             self.state.finish(number, "judge", {**found, "verdict": verdict(found, self.config.stop)})
 
     def _append(self, number: int) -> None:
         if self.state.result(number, "append") is not None:
             return
-        frames = self.fresh(number)
-        if number == 0:
-            with FrameStore(self.state.round(0) / "ready.h5") as store:
-                frames += store[:]
+        frames = gathered(self.state, number)
         if not frames and number == 0:
             raise ValueError("none of the start frames has a label; see the reasons in rounds/000/labels")
-        judged = (self.state.result(number, "judge") or {"each": {}})["each"]
-        noted = [replace(f, info={**f.info, **judged.get(frame_key(f), {}), "key": frame_key(f)}) for f in frames]
-        self.state.finish(number, "append", {"labels": self.state.append(noted)})
+        self.state.finish(number, "append", {"labels": self.state.append(frames)})
 
 
 def train_one(config: TrainConfig) -> None:
     """Train a network, or go on with it; its folder says when it is over."""
     train(config, resume=(config.output / CHECKPOINT).exists())
-    (config.output / TRAINED).touch()
+    write_bytes(config.output / TRAINED, b"")
 
 
 def _origin(frame: Frame) -> dict[str, Any]:

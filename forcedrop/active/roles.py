@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from forcedrop.active.state import State, frame_key, read_json, write_frames_atomically, write_json
-from forcedrop.structures import Frame, is_isolated_atom
+from forcedrop.active.state import State, frame_key, read_json, write_json
+from forcedrop.structures import Frame, is_isolated_atom, write_frames
 from forcedrop.structures.copies import copies
 
 TRAIN = "train"
@@ -49,7 +49,7 @@ def role_files(state: State, number: int, shares: Mapping[str, float], seed: int
                 known.setdefault(role, []).extend(mine)
                 files[role].append(state.round(before) / f"{role}.h5")
                 if not files[role][-1].exists():
-                    write_frames_atomically(files[role][-1], mine)
+                    write_frames(files[role][-1], mine)
     if all(is_isolated_atom(frame) for frame in known.get(TRAIN, [])):
         raise ValueError(f"{len(frames)} labels are too few to hold out shares of {dict(shares)} of them")
     return files, len(known[TRAIN])

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from forcedrop.door import Refused, door, short
-from forcedrop.files import remove_parts, whole
-from forcedrop.structures import Frame, FrameStore
+from forcedrop.files import append_bytes, remove_parts, write_text
+from forcedrop.structures import Frame, FrameStore, write_frames
 
 DECIMALS = 6
 """Of the positions [Å] that tell frames apart."""
@@ -51,15 +50,9 @@ def frame_key(frame: Frame) -> str:
     return digest.hexdigest()[:20]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file such that a reader, or whoever comes after a kill, finds the old one or the new one."""
-    with whole(path, shared=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_json(path: Path, values: Any) -> None:
     """Write plain values, atomically."""
-    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False))
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False), shared=True)
 
 
 def read_json(path: Path) -> Any:
@@ -97,12 +90,9 @@ class Journal:
 
     def note(self, **values: Any) -> None:
         """Add a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.exists() and self.path.stat().st_size > 0 and self.path.read_bytes()[-1:] != b"\n"
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(("\n" if torn else "") + json.dumps({"time": round(time.time(), 3), **values}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        line = ("\n" if torn else "") + json.dumps({"time": round(time.time(), 3), **values}) + "\n"
+        append_bytes(self.path, line.encode(), sync=True)
 
     def read(self) -> list[dict[str, Any]]:
         """Return all lines; one that a kill cut in two is left out."""
@@ -171,7 +161,7 @@ class State:
         new = {frame_key(frame): frame for frame in frames}
         fresh = [frame for key, frame in new.items() if key not in known]
         if fresh:  # whole: HDF5 opens, makes and changes a file in several steps
-            write_frames_atomically(self.store, [*before, *fresh], {"what": "active learning"})
+            write_frames(self.store, [*before, *fresh], provenance={"what": "active learning"})
         return len(before) + len(fresh)
 
     def clean(self) -> None:
@@ -200,9 +190,3 @@ def _named(values: Any, path: Path) -> Any:
     if values is not None and not isinstance(values, dict):
         raise Refused(f"{path} must hold names and values, got {short(values)}")
     return values
-
-
-def write_frames_atomically(path: Path, frames: list[Frame], provenance: dict[str, Any] | None = None) -> None:
-    """Write a new frame store such that it is there whole or not at all."""
-    with whole(path, shared=True) as temporary, FrameStore(temporary, "w", provenance=provenance) as store:
-        store.append(frames)

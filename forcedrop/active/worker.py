@@ -33,7 +33,8 @@ def main() -> None:
         try:
             answer: dict[str, Any] = {"found": compute(task), "reason": None}
         except Exception as error:  # whatever a calculator raises is the label's failure, not the loop's
-            answer = {"found": None, "reason": f"{type(error).__name__}: {str(error).strip()[:400]}"}
+            reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
+            answer = {"found": None, "reason": reason, "errno": getattr(error, "errno", None)}
         _answer(answers, answer | {"seconds": time.monotonic() - start})
 
 

@@ -83,6 +83,7 @@ def evaluate(
     """Compare a model with labelled frames: errors, honesty of σ, plots."""
     from forcedrop.evaluation import evaluate as evaluate_frames
     from forcedrop.evaluation import predict_frames, with_uncertainties
+    from forcedrop.files import write_text
     from forcedrop.report import detection_figure, evaluation_table, parity_figure, save_figure, sigma_figure
     from forcedrop.structures import write_frames
     from forcedrop.structures.writers import require_frames_suffix
@@ -98,10 +99,9 @@ def evaluate(
     typer.echo(evaluation_table(result))
     noted = [with_uncertainties(frame, prediction) for frame, prediction in zip(frames, predictions, strict=True)]
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         settings = {"model": str(model), "files": [str(f) for f in files], "samples": samples, "mask_seed": mask_seed}
         values = {"settings": settings, **result.as_dict()}
-        (output / "evaluation.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_text(output / "evaluation.json", json.dumps(values, indent=1))
         write_frames(output / "frames.h5", noted)
         title = ", ".join(path.name for path in files)
         save_figure(parity_figure(result, title), output / "parity.png")
@@ -139,6 +139,7 @@ def compare(
 ) -> None:
     """Compare the error bars of several models, or deep ensembles of models, on the same frames."""
     from forcedrop.evaluation import compare as compare_models
+    from forcedrop.files import write_text
     from forcedrop.report import comparison_figure, comparison_rows, comparison_table, save_figure
 
     made = [] if output is None else [output / "comparison.json", output / "comparison.png"]
@@ -161,8 +162,7 @@ def compare(
     rows = comparison_rows(found)
     typer.echo(comparison_table(rows))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "comparison.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_text(output / "comparison.json", json.dumps(rows, indent=1))
         save_figure(comparison_figure(found), output / "comparison.png")
         typer.echo(f"wrote {output / 'comparison.json'}, comparison.png")
 

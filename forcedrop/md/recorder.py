@@ -1,10 +1,11 @@
-"""What a run leaves on disk: a row and a frame at every recorded step, flushed, so that a killed run leaves readable files."""
+"""What a run leaves on disk: a row and a frame at every recorded step, in all files or in none, readable at any moment."""
 
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ase import Atoms
 
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.door import door
+from forcedrop.files import append_bytes, cut, sync, write_bytes
 from forcedrop.structures import Frame, FrameStore, write_frames
 from forcedrop.structures.predictions import mark
 from forcedrop.uncertainty.calibration import difference_sigma
@@ -89,32 +91,39 @@ class Recorder:
         if flagged:
             self._flagged = FrameStore(folder / "flagged.h5", mode, {"what": "flagged frames"}, compressed=False)
         if state is None:
-            self._xyz.unlink(missing_ok=True)
-            self.path.unlink(missing_ok=True)
+            write_bytes(self._xyz, b"")
+            write_bytes(self.path, b"")
         else:
             self._cut(state)
-        self._csv = self.path.open("a", newline="", encoding="utf-8")
+            self._first = np.array(state["first"])
 
     def _cut(self, state: Mapping[str, Any]) -> None:
-        for path, size in ((self.path, state["csv"]), (self._xyz, state["xyz"])):
-            if not path.is_file() or path.stat().st_size < size:
-                raise ValueError(
-                    f"cannot resume: {path} is not there, or shorter than the {size} bytes that were written"
-                )
-            os.truncate(path, size)
+        """Forget what was written after a state."""
+        cut(self.path, state["csv"])
+        cut(self._xyz, state["xyz"])
         self._store.truncate(state["frames"])
         if self._flagged is not None:
             self._flagged.truncate(state["flagged"])
-        self._first = np.array(state["first"])
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._csv.close()
+        if exception[0] is None:
+            self.sync()
         self._store.close()
         if self._flagged is not None:
             self._flagged.close()
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk.
+
+        Raises:
+            WriteError: if it does not get there.
+        """
+        files = (self.path, self._xyz, self._store.path, *((self._flagged.path,) if self._flagged is not None else ()))
+        for path in files:
+            sync(path)
 
     def state(self) -> dict[str, Any]:
         """Return how far the files go, and the energies that the samples started from."""
@@ -127,10 +136,11 @@ class Recorder:
         }
 
     def record(self, step: int) -> Row:
-        """Write the step.
+        """Write the step, to all files or to none.
 
         Raises:
             ValueError: if positions are not finite.
+            WriteError: if it cannot be written.
         """
         atoms, calculator = self.atoms, self.calculator
         if not np.isfinite(atoms.positions).all():
@@ -154,10 +164,7 @@ class Recorder:
         }
         if "stress" in calculator.results:
             row |= _pressure(calculator, atoms, kind)
-        self._write(row)
-        frame = recorded_frame(atoms, row)
-        self._store.append([frame])
-        write_frames(self._xyz, [frame], append=True)
+        self._write(row, recorded_frame(atoms, row))
         if self.on_record is not None:
             self.on_record(atoms)
         return row
@@ -171,12 +178,22 @@ class Recorder:
         """Return the flagged frames that are on disk."""
         return [] if self._flagged is None else list(self._flagged)
 
-    def _write(self, row: Row) -> None:
-        writer = csv.DictWriter(self._csv, list(row))
-        if self.path.stat().st_size == 0:
+    def _write(self, row: Row, frame: Frame) -> None:
+        sizes, text = {path: path.stat().st_size for path in (self.path, self._xyz)}, io.StringIO(newline="")
+        frames, writer = len(self._store), csv.DictWriter(text, list(row))
+        if sizes[self.path] == 0:
             writer.writeheader()
         writer.writerow(row)
-        self._csv.flush()
+        try:
+            append_bytes(self.path, text.getvalue().encode())
+            write_frames(self._xyz, [frame], append=True)
+            self._store.append([frame])  # last, as the others can be cut on a full disk too
+        except OSError:
+            with suppress(OSError, ValueError), FrameStore(self._store.path) as store:
+                if len(store) == frames:  # else the disk was lost at the very end: the frame counts
+                    for path, size in sizes.items():
+                        cut(path, size)
+            raise
 
 
 def line(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.door import door
-from forcedrop.files import claim
+from forcedrop.files import claim, make_folder, write_text
 from forcedrop.md.astray import runaway
 from forcedrop.md.band import Band
 from forcedrop.md.ensembles import NVE, Ensemble, draw_velocities
@@ -25,6 +26,9 @@ from forcedrop.md.recorder import Drift, Recorder, Row, energy_drift, line, read
 from forcedrop.md.restart import Restart, fingerprint
 from forcedrop.md.start import check_settings, check_start, start_digest
 from forcedrop.structures import Frame
+
+SYNC_SECONDS = 1.0
+"""Between waits for the disk."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def run_md(
         claim_folder(folder, overwrite=overwrite, resume=resume)
     elif overwrite:
         raise ValueError("either go on with the run or overwrite it (--resume, --overwrite), not both")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     settings = {
         "ensemble": {type(ensemble).__name__: asdict(ensemble)}, "temperature_K": temperature, "steps": steps,
         "timestep_fs": timestep, "record_every": record_every, "seed": seed, **calculator.describe(),
@@ -267,7 +271,9 @@ def _hardly_begun(folder: Path) -> bool:
     """Return whether a folder holds no more than the first record of a run, or nothing."""
     table = folder / "md.csv"
     lines = table.read_bytes().count(b"\n") if table.is_file() else 0
-    return lines <= 2 and not (folder / "md.json").exists() and (lines > 0 or not (folder / "md.xyz").exists())
+    frames = folder / "md.xyz"
+    empty = not frames.exists() or frames.stat().st_size == 0
+    return lines <= 2 and not (folder / "md.json").exists() and (lines > 0 or empty)
 
 
 class _Run:
@@ -285,7 +291,7 @@ class _Run:
     ) -> None:
         self.settings, self.ensemble, self.dynamics, self.recorder = settings, ensemble, dynamics, recorder
         self.guard, self.path = guard, path
-        self.recorded, self.stopped = -1, False
+        self.recorded, self.stopped, self.synced = -1, False, time.monotonic()
         if start is not None:
             self.recorded, self.stopped, dynamics.nsteps = start.step, start.stopped, start.step
             with door(path, "resume from"):
@@ -334,6 +340,10 @@ class _Run:
         bar.set_postfix_str(line(row) + seen)
 
     def save(self) -> None:
+        """Write the restart file; what was recorded is on the disk by then, but for the last second."""
+        if time.monotonic() - self.synced > SYNC_SECONDS:
+            self.recorder.sync()
+            self.synced = time.monotonic()
         atoms = self.dynamics.atoms
         Restart(
             self.settings, self.recorded, atoms.get_positions(), atoms.get_momenta(), np.array(atoms.cell.array),
@@ -363,7 +373,7 @@ def _finished(
         "settings": settings, "flagged_fs": run.flagged, "drift": asdict(run.drift), "stopped_fs": run.stopped,
         "events": [asdict(event) for event in run.events],
     }  # fmt: skip
-    (folder / "md.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_text(folder / "md.json", json.dumps(summary, indent=1))
     return run
 
 

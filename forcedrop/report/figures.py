@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from forcedrop.evaluation import Evaluation
+from forcedrop.files import write_bytes
 from forcedrop.md import Kind, MDRun
 from forcedrop.metrics import calibration_curve, roc_curve
 from forcedrop.report.labels import LABEL
@@ -22,9 +24,9 @@ _MOST_POINTS = 4000
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Save a figure, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    path, stream = Path(path), io.BytesIO()
+    figure.savefig(stream, dpi=130, format=path.suffix[1:] or None)
+    write_bytes(path, stream.getbuffer())
     return path
 
 

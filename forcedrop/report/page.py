@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from forcedrop.files import write_text
+
 _LONGEST_LIST = 12
 
 
@@ -149,10 +151,9 @@ def results_page(path: str | Path, title: str, sections: Sequence[Section]) -> P
             parts.append(f"<h2>{html.escape(section.heading)}</h2>")
         parts += [block.html() for block in section.blocks]
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # assembled without str.format, which would stumble over the braces of the viewer's script
     page = "\n".join([_HEAD.replace("TITLE", html.escape(title)), *parts, "</body></html>\n"])
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

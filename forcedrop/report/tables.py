@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import Symbols
 
+from forcedrop.files import write_text
 from forcedrop.report.labels import LABEL
 from forcedrop.structures.compositions import formula
 from forcedrop.uncertainty.calibration import CRITERIA, MEANING
@@ -143,17 +145,16 @@ def _short(value: float) -> str:
 
 def ranking_csv(flags: Flags, path: str | Path) -> Path:
     """Write all frames, most uncertain first, with every criterion, and whether they are flagged."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        names = [f"sigma_{name}" for name in CRITERIA]
-        writer.writerow(["rank", "frame", "source", *names, "flagged"])
-        for rank, index in enumerate(flags.ranking):
-            frame = flags.frames[index]
-            values = [f"{frame.info[name]:.6g}" for name in names]
-            flagged = int(flags.values[index] > flags.threshold)
-            writer.writerow([rank + 1, int(index), frame.info["origin"], *values, flagged])
+    path, stream = Path(path), io.StringIO(newline="")
+    writer = csv.writer(stream)
+    names = [f"sigma_{name}" for name in CRITERIA]
+    writer.writerow(["rank", "frame", "source", *names, "flagged"])
+    for rank, index in enumerate(flags.ranking):
+        frame = flags.frames[index]
+        values = [f"{frame.info[name]:.6g}" for name in names]
+        flagged = int(flags.values[index] > flags.threshold)
+        writer.writerow([rank + 1, int(index), frame.info["origin"], *values, flagged])
+    write_text(path, stream.getvalue())
     return path
 
 

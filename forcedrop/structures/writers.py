@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import numbers
+import os
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +20,7 @@ from ase import Atoms
 from ase.db.core import check as check_pairs
 from ase.io.trajectory import Trajectory
 
-from forcedrop.files import whole
+from forcedrop.files import append_bytes, whole
 from forcedrop.structures.constraints import XYZ_COLUMN
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.store import FrameStore
@@ -37,45 +41,55 @@ def require_frames_suffix(path: str | Path | None) -> None:
         _suffix(Path(path))
 
 
-def write_frames(path: str | Path, frames: Sequence[Frame], *, append: bool = False) -> None:
+def write_frames(
+    path: str | Path, frames: Sequence[Frame], *, append: bool = False, provenance: dict[str, Any] | None = None
+) -> None:
     """Write frames in the format of the suffix, one of :data:`SUFFIXES`, with labels, ``info`` and ``arrays``.
 
-    Labels get ASE's own names (energy, forces, stress), so that other programs read them. A new file is whole or not there.
+    Labels get ASE's own names (energy, forces, stress), so that other programs read them. A new file is whole or not there, as is
+    what is appended.
 
     Args:
         path: the file; its folder is made.
         frames: what to write.
         append: to a file of extended XYZ or a :class:`FrameStore`.
+        provenance: plain values to keep with a new :class:`FrameStore`.
 
     Raises:
         ValueError: for another suffix, or a format that cannot be appended to.
+        WriteError: if the file cannot be written.
     """
     path = Path(path)
     suffix = _suffix(path)
     if not append:
-        with frames_writer(path) as write:
+        with frames_writer(path, provenance) as write:
             write(frames)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if suffix in (".h5", ".hdf5"):
-        with FrameStore(path, "a") as store:
+    elif suffix in (".h5", ".hdf5"):
+        with FrameStore(path, "a", provenance) as store:
             store.append(frames)
     elif suffix in (".xyz", ".extxyz"):
-        ase.io.write(path, [_image(f) for f in frames], format="extxyz", append=True)
+        text = io.StringIO()
+        ase.io.write(text, [_image(f) for f in frames], format="extxyz")
+        append_bytes(path, text.getvalue().encode())
     else:
         raise ValueError(f"frames are appended to .xyz, .extxyz, .h5 or .hdf5, got {path.name!r}")
 
 
 @contextmanager
-def frames_writer(path: str | Path) -> Iterator[Append]:
+def frames_writer(path: str | Path, provenance: dict[str, Any] | None = None) -> Iterator[Append]:
     """Give a function that adds frames to a new file, as many at a time as there are; the file is in its place at the end.
+
+    Args:
+        path: the file; its folder is made.
+        provenance: plain values to keep with a :class:`FrameStore`.
 
     Raises:
         ValueError: for a suffix that is none of :data:`SUFFIXES`.
+        WriteError: if the file cannot be written.
     """
     path = Path(path)
     opened = _OPENERS[_suffix(path).removesuffix(".gz")]
-    with whole(path, shared=True) as part, opened(part, path) as append:
+    with whole(path, shared=True) as part, opened(part, path, provenance) as append:
         yield append
 
 
@@ -88,20 +102,20 @@ def _suffix(path: Path) -> str:
 
 
 @contextmanager
-def _store(part: Path, path: Path) -> Iterator[Append]:
-    with FrameStore(part, "w") as store:
+def _store(part: Path, path: Path, provenance: dict[str, Any] | None) -> Iterator[Append]:
+    with FrameStore(part, "w", provenance) as store:
         yield store.append
 
 
 @contextmanager
-def _xyz(part: Path, path: Path) -> Iterator[Append]:
+def _xyz(part: Path, path: Path, provenance: Any) -> Iterator[Append]:
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
     with opener(part, "wt", encoding="utf-8") as stream:
         yield lambda frames: ase.io.write(stream, [_image(f) for f in frames], format="extxyz")
 
 
 @contextmanager
-def _trajectory(part: Path, path: Path) -> Iterator[Append]:
+def _trajectory(part: Path, path: Path, provenance: Any) -> Iterator[Append]:
     with Trajectory(part, "w") as trajectory:
 
         def append(frames: Sequence[Frame]) -> None:
@@ -114,7 +128,7 @@ def _trajectory(part: Path, path: Path) -> Iterator[Append]:
 
 
 @contextmanager
-def _database(part: Path, path: Path) -> Iterator[Append]:
+def _database(part: Path, path: Path, provenance: Any) -> Iterator[Append]:
     part.unlink(missing_ok=True)  # of an earlier process with the same number
     with ase.db.connect(part, type=path.suffix.lower()[1:], append=True) as database:
 
@@ -125,7 +139,12 @@ def _database(part: Path, path: Path) -> Iterator[Append]:
                 data = {name: value for name, value in atoms.info.items() if name not in pairs}
                 database.write(atoms, key_value_pairs=pairs, data={**data, **more})
 
-        yield append
+        try:
+            yield append
+        except sqlite3.OperationalError as error:  # which has no number of the system's error
+            if "full" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
 
 
 _OPENERS = {

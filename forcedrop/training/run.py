@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -17,17 +18,17 @@ from typing import Any
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import forcedrop
 from forcedrop.derive import geometry, pair_forces
 from forcedrop.door import door, short
-from forcedrop.files import load_tensors, save_tensors
+from forcedrop.files import load_tensors, make_folder, save_tensors, write_text
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.model import SAMPLES, TrainedModel, load_model, save_model
 from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame
+from forcedrop.training.board import Board
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
 from forcedrop.training.going_on import check_same, continued, from_start, settings_of, what_must_not_change
@@ -95,7 +96,7 @@ def _prepare(config: TrainConfig, resume: bool, overwrite: bool, world: World) -
             trainer.load_state_dict(state["trainer"])
     world.barrier()  # nobody writes before everybody has looked
     if world.first:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if state is None:
             remove_training(out)
         _write_split(out, data)
@@ -197,8 +198,8 @@ def _run(trainer: Trainer, config: TrainConfig, data: Prepared, resume: bool) ->
     total = config.epochs * trainer.steps_per_epoch
     bar = tqdm(total=total, initial=trainer.steps_done, unit="step", smoothing=0.05, disable=not first)
     errors = Errors()
-    board_or_none = SummaryWriter(str(out / "tensorboard")) if first else nullcontext()
-    with bar, board_or_none as board, _stop_signals() as stop:
+    with bar, _stop_signals() as stop:
+        board = Board(out / "tensorboard") if first else None
         if not resume:
             save()
         while not trainer.progress.done:
@@ -335,14 +336,14 @@ def _row(epoch: int, seconds: float, rate: float, fitted: Errors, errors: Errors
     return dict(zip(_COLUMNS, values, strict=True))
 
 
-def _log(out: Path, board: SummaryWriter, history: list[dict[str, float]], epoch: int) -> None:
+def _log(out: Path, board: Board, history: list[dict[str, float]], epoch: int) -> None:
     """Write the whole history, so that a resumed training leaves no double rows."""
-    with (out / LOG).open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
-    for name in _COLUMNS[2:]:
-        board.add_scalar(name, history[-1][name], epoch)
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, _COLUMNS)
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(out / LOG, stream.getvalue())
+    board.add({name: history[-1][name] for name in _COLUMNS[2:]}, epoch)
 
 
 def _postfix(fitted: Errors, errors: Errors) -> str:
@@ -375,4 +376,4 @@ def _write_split(out: Path, data: Prepared) -> None:
     split = data.split
     names = {"train": split.train, "validation": split.validation, "calibration": split.calibration}
     text = json.dumps({name: sources(frames) for name, frames in names.items()}, indent=1)
-    (out / "split.json").write_text(text, encoding="utf-8")
+    write_text(out / "split.json", text)

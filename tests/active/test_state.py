@@ -13,10 +13,9 @@ from forcedrop.active.state import (
     State,
     frame_key,
     read_json,
-    write_frames_atomically,
     write_json,
 )
-from forcedrop.structures import Frame, FrameStore, read_frames
+from forcedrop.structures import Frame, FrameStore, read_frames, write_frames
 from tests.conftest import emt_frames, ethanol
 
 
@@ -40,7 +39,7 @@ def test_key() -> None:
 
 def test_key_survives_the_store(tmp_path) -> None:
     frames = [Frame.from_atoms(ethanol(k)) for k in range(3)]
-    write_frames_atomically(tmp_path / "f.h5", frames)
+    write_frames(tmp_path / "f.h5", frames)
     assert [frame_key(f) for f in read_frames(tmp_path / "f.h5")] == [frame_key(f) for f in frames]
 
 
