@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from vesin import NeighborList
 
-from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.frame import Frame
+from forcedrop.structures.search import PairSearch
 
 REACH = 6.0
 """[Å]; farther pairs are not looked at: hardly a network sees them."""
@@ -66,15 +65,14 @@ class Pairs:
     """Finds the pairs of atoms within reach."""
 
     def __init__(self) -> None:
-        self._list = NeighborList(cutoff=REACH, full_list=False, n_threads=1)
+        self._search = PairSearch(REACH, threads=1)
 
     def __call__(self, frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return every pair once, nearest first: indices i, j, shape (P,), and depths [Å]: how far within reach."""
-        box = complete_cell(frame.cell, frame.pbc)
-        i, j, d = self._list.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="ijd")
-        depth = REACH - np.asarray(d)
+        i, j, _, d = self._search(frame.pos, frame.cell, frame.pbc)
+        depth = REACH - d
         order = np.argsort(-depth, kind="stable")
-        return np.asarray(i, np.int64)[order], np.asarray(j, np.int64)[order], depth[order]
+        return i[order], j[order], depth[order]
 
 
 def signatures(frames: Sequence[Frame]) -> list[Signature]:

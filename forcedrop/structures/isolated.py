@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
-from vesin import NeighborList
 
-from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.labels import LabelKeys
 from forcedrop.structures.names import plain
 from forcedrop.structures.readers import Reading, read_checked
+from forcedrop.structures.search import PairSearch
 from forcedrop.structures.telling import Tell
 
 ALONE = 5.0
@@ -35,9 +34,7 @@ def is_isolated_atom(frame: Frame, cutoff: float = ALONE) -> bool:
         return False
     if not frame.pbc.any() or plain(str(frame.info.get("config_type", ""))) in _SAYS_SO:
         return True
-    finder = NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
-    box = complete_cell(frame.cell, frame.pbc)
-    return len(finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="d")[0]) == 0
+    return len(PairSearch(cutoff, threads=1)(frame.pos, frame.cell, frame.pbc).d) == 0
 
 
 def isolated_energies(

@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 from ase.data import covalent_radii
-from vesin import NeighborList
 
 from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.conversion import Conversion
 from forcedrop.structures.frame import Frame
+from forcedrop.structures.search import PairSearch
 from forcedrop.units import ENERGY, LENGTH
 
 MOST = 200
@@ -112,11 +112,10 @@ def nearest(frame: Frame) -> float | None:
         return None
     radii = covalent_radii[frame.z]
     reach = min(REACH * 2 * float(radii.max()), 8.0)
-    finder = NeighborList(cutoff=reach, full_list=True, n_threads=1)
-    box = complete_cell(frame.cell, frame.pbc)
-    i, j, d = finder.compute(points=frame.pos, box=box, periodic=frame.pbc, quantities="ijd")
+    pairs = PairSearch(reach, threads=1)(frame.pos, frame.cell, frame.pbc)
     closest = np.full(len(frame), math.inf)
-    np.minimum.at(closest, i, d / (radii[i] + radii[j]))
+    for atoms in (pairs.i, pairs.j):
+        np.minimum.at(closest, atoms, pairs.d / (radii[pairs.i] + radii[pairs.j]))
     return float(np.median(closest))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from forcedrop.calculator import DropoutCalculator
 from forcedrop.model import TrainedModel
-from forcedrop.structures import Frame, check_frames
+from forcedrop.structures import Frame, check_frames, read_frames, write_frames
 from forcedrop.structures.cells import complete_cell
 from forcedrop.structures.search import Pairs, PairSearch, tree_pairs
 from tests.conftest import banked_potential, ethanol
@@ -158,3 +159,11 @@ def test_too_little_memory_is_said_clearly(calculator: DropoutCalculator, monkey
     monkeypatch.setattr(forcedrop.calculator, "predict", full)
     with pytest.raises(MemoryError, match=r"4 atoms need more memory than there is; try fewer atoms.*max_memory"):
         copper(calculator).get_potential_energy()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_file_of_far_atoms_is_read(tmp_path: Path, axis: int) -> None:
+    one, other = ethanol(0), ethanol(1)
+    other.positions[:, axis] += 1e6
+    write_frames(tmp_path / "a.xyz", [Frame.from_atoms(one + other, energy=-100.0)] * 2)
+    assert len(read_frames(tmp_path / "a.xyz")[0]) == 18
