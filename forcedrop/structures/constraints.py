@@ -6,15 +6,16 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ase.constraints
 import numpy as np
 from ase import Atoms
-from ase.constraints import FixAtoms, FixCartesian, FixConstraint, dict2constraint
 
-XYZ_COLUMN = (FixAtoms, FixCartesian)
-"""Constraints that an extended XYZ file holds in its column ``move_mask``."""
+if TYPE_CHECKING:  # not above: they bring SciPy, which whoever predicts need not wait for
+    from ase.constraints import FixConstraint
+
+XYZ_COLUMN = ("FixAtoms", "FixCartesian")
+"""Names of the constraints that an extended XYZ file holds in its column ``move_mask``."""
 
 
 def described(atoms: Atoms) -> list[dict[str, Any]]:
@@ -23,7 +24,9 @@ def described(atoms: Atoms) -> list[dict[str, Any]]:
     Atoms held along the same Cartesian directions become one entry. A constraint that has no such form is left out, with a
     warning.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    if not atoms.constraints:
+        return found
     for constraint in _merged(atoms.constraints):
         try:
             found.append(json.loads(json.dumps(constraint.todict(), default=_plain)))
@@ -40,6 +43,9 @@ def restored(constraints: Iterable[Mapping[str, Any]]) -> list[FixConstraint]:
     Raises:
         ValueError: for a dictionary that describes none.
     """
+    import ase.constraints
+    from ase.constraints import FixConstraint, dict2constraint
+
     found = []
     for values in constraints:
         kind = getattr(ase.constraints, str(values.get("name")), None) if isinstance(values, Mapping) else None
@@ -54,6 +60,8 @@ def restored(constraints: Iterable[Mapping[str, Any]]) -> list[FixConstraint]:
 
 def _merged(constraints: Sequence[FixConstraint]) -> list[FixConstraint]:
     """Join the many of one atom each that a column ``move_mask`` of three is read as; those that hold nothing fall out."""
+    from ase.constraints import FixAtoms, FixCartesian
+
     held: dict[tuple[bool, ...], list[int]] = defaultdict(list)
     others: list[FixConstraint] = []
     for constraint in constraints:

@@ -89,7 +89,8 @@ class Frame:
         for name, values in self.arrays.items():
             if name not in COMPUTED:
                 atoms.set_array(name, np.asarray(values, dtype=int if name == "tags" else None))
-        atoms.set_constraint(restored(self.constraints))
+        if self.constraints:
+            atoms.set_constraint(restored(self.constraints))
         results: dict[str, Any] = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
         results |= {name: np.asarray(self.arrays[name]) for name in COMPUTED if name in self.arrays}
         atoms.calc = SinglePointCalculator(atoms, **{k: v for k, v in results.items() if v is not None})

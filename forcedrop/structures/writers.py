@@ -155,7 +155,7 @@ _OPENERS = {
 def _image(frame: Frame) -> Atoms:
     """Return what an extended XYZ file is written from, with constraints that ``move_mask`` cannot hold in ``info``."""
     atoms = frame.to_atoms()
-    if not all(type(constraint) in XYZ_COLUMN for constraint in atoms.constraints):
+    if not all(type(constraint).__name__ in XYZ_COLUMN for constraint in atoms.constraints):
         atoms.info["constraints"] = frame.constraints
     return atoms
 
