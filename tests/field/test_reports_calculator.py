@@ -46,7 +46,9 @@ def test_stress_has_six_numbers_wherever_it_is_asked_for(model: TrainedModel) ->
     atoms.calc = SumCalculator([own, pair])
     total = atoms.get_stress()
     assert own.get_property("stress", atoms).shape == total.shape == (6,)
-    np.testing.assert_allclose(total, own.get_property("stress", atoms) + pair.get_property("stress", atoms), atol=1e-12)
+    np.testing.assert_allclose(
+        total, own.get_property("stress", atoms) + pair.get_property("stress", atoms), atol=1e-12
+    )
 
 
 def test_shear_stress_is_in_its_place(model: TrainedModel) -> None:
