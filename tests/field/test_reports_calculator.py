@@ -161,7 +161,7 @@ def test_precision_of_the_calculator_is_its_own() -> None:
 def test_nothing_global_is_left_changed(model: TrainedModel) -> None:
     """ACEsuit/mace#1659: an unknown element left the whole process in double precision."""
     default, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     atoms = Atoms("Au", positions=[[0, 0, 0]])
     atoms.calc = calculator(model)
     with pytest.raises(ValueError, match="atom 0 is Au"):
@@ -170,7 +170,7 @@ def test_nothing_global_is_left_changed(model: TrainedModel) -> None:
     assert (torch.get_default_dtype(), torch.get_num_threads()) == (default, threads)
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), torch_state)
-    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
 
 def test_a_slab_without_a_third_vector(model: TrainedModel) -> None:

@@ -61,7 +61,7 @@ def test_forces_of_fixed_atoms_are_labels_too(tmp_path: Path, name: str) -> None
 
 
 def test_stress_in_kilobar_beside_two_names(tmp_path: Path) -> None:
-    """ACEsuit/mace#994: VASP's stress of −251 kbar, as ``stress`` (9) and ``dft_stress`` (6), beside ``energy`` and ``dft_energy``."""
+    """ACEsuit/mace#994: VASP's stress of −251 kbar under two names, with nine and with six numbers."""
     atoms = copper()
     tensor = np.array([[-251.1, 13.8, 73.4], [13.8, -229.3, -11.8], [73.4, -11.8, 55.7]])
     atoms.info |= {
@@ -209,7 +209,7 @@ def test_periodic_directions(tmp_path: Path, header: str, pbc: tuple[bool, ...])
     ("lattice", "properties", "pbc"), [("lattice", "properties", "pbc"), ("LATTICE", "Properties", "Pbc")]
 )
 def test_words_of_the_header_in_any_case(tmp_path: Path, lattice: str, properties: str, pbc: str) -> None:
-    """brucefan1983/GPUMD#225: there the header is case-insensitive; ASE knows ``lattice`` and ``properties`` not, and drops them."""
+    """brucefan1983/GPUMD#225: headers are case-insensitive there; ASE drops ``lattice`` and ``properties``."""
     (tmp_path / "a.xyz").write_text(
         f'2\nenergy=-3.5 virial="1 0 0 0 1 0 0 0 2" {pbc}="T T F" {lattice}="6 0 0 0 7 0 0 0 8" '
         f"{properties}=species:S:1:pos:R:3:force:R:3\nCu 0 0 0 0.1 0.2 0.3\nCu 0 0 2.4 -0.1 -0.2 -0.3\n"

@@ -112,7 +112,7 @@ def test_numbers_of_a_trajectory_are_those_of_its_positions(calculator: DropoutC
 def test_a_run_that_goes_on_is_that_of_the_same_structure(calculator: DropoutCalculator, tmp_path: Path) -> None:
     """rosswhitfield/ase#12: what a trajectory is continued with is up to the user, and nothing is checked."""
     run_md(ethanol(), calculator, tmp_path, steps=4, timestep=0.5, record_every=2)
-    with pytest.raises(ValueError, match="start|structure"):
+    with pytest.raises(ValueError, match=r"start|structure"):
         run_md(ethanol(seed=1), calculator, tmp_path, steps=8, timestep=0.5, record_every=2, resume=True)
     with pytest.raises(ValueError, match="timestep_fs"):
         run_md(ethanol(), calculator, tmp_path, steps=8, timestep=1.0, record_every=2, resume=True)

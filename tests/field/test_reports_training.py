@@ -98,7 +98,7 @@ def test_a_split_hangs_on_the_seed_of_the_file_alone(folder: Path) -> None:
     splits = []
     for seed in range(3):
         torch.manual_seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         data = prepare_data(config)
         splits.append(
             [[f.source for f in part] for part in (data.split.train, data.split.validation, data.split.calibration)]
