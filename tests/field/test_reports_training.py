@@ -134,10 +134,11 @@ def test_isolated_energies_that_cannot_be_those_of_the_labels(tmp_path: Path) ->
     write_frames(tmp_path / "train.h5", emt_frames(24))
     values = settings(tmp_path)
     values["data"] |= {"isolated_atoms": {"Cu": -2041.84}}
-    with pytest.warns(UserWarning, match=r"isolated.* 2042 eV per atom"):
-        prepare_data(parse_config(values))
+    said = [note for note in prepare_data(parse_config(values)).notes if "isolated" in note]
+    assert len(said) == 1
+    assert "warning: energies of the structures are 2042 eV per atom above those of their isolated atoms" in said[0]
     values["data"] |= {"isolated_atoms": {"Cu": 3.5}}
-    prepare_data(parse_config(values))
+    assert not [note for note in prepare_data(parse_config(values)).notes if "isolated" in note]
 
 
 def test_keys_that_are_not_used_are_errors(folder: Path) -> None:
