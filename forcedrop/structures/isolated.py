@@ -104,8 +104,8 @@ def doubtful_binding(frames: Sequence[Frame], isolated: Mapping[int, float]) -> 
         return None
     where = "above" if typical > 0 else "below"
     return (
-        f"energies of the structures are {abs(typical):.4g} eV per atom {where} those of their isolated atoms, which no structure "
-        "is: are both of the same method, of all electrons or of valence electrons alone, and in the same unit?"
+        f"energies of the structures are {abs(typical):.4g} eV per atom {where} those of their isolated atoms, which is no "
+        "chemistry: are both of the same method, of all electrons or of valence electrons alone, and in the same unit?"
     )
 
 
