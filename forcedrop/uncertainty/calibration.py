@@ -160,9 +160,10 @@ def conformal_quantiles(error: np.ndarray, sigma: np.ndarray, n_frames: int) -> 
     r"""Return the q for which an interval of ±qσ holds a stated share of new errors, whatever their distribution.
 
     Of :math:`|error|/σ` on n calibration frames the smallest value that a share k/n, k = ⌈(n+1)·coverage⌉, does not exceed
-    (with one value a frame, the k-th smallest); no entry where k is above n: too few frames can promise no such coverage. Source:
-    split conformal prediction (Papadopoulos et al., ECML 2002; Angelopoulos & Bates, arXiv 2107.07511, sec. 1). The promise is for
-    frames that are exchangeable with the calibration frames; entries of one frame depend on each other: frames are counted.
+    (with one value a frame, the k-th smallest); no entry where k is above n: too few frames can promise no such coverage.
+    Source: split conformal prediction (Papadopoulos et al., ECML 2002; Angelopoulos & Bates, arXiv 2107.07511, sec. 1). The
+    promise is for frames that are exchangeable with the calibration frames; entries of one frame depend on each other: frames
+    are counted.
     """
     used = (np.abs(error) > 1e-12) | (sigma > 1e-12)
     ratio = np.sort(np.abs(error[used]) / np.maximum(sigma[used], 1e-12), axis=None)

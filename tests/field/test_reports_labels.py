@@ -16,7 +16,8 @@ from ase.constraints import FixAtoms
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 
-from forcedrop.structures import frames_from_atoms, frames_from_pymatgen, read_frames
+from forcedrop.active.oracles import Task, compute, find_oracle
+from forcedrop.structures import LabelKeys, frames_from_atoms, frames_from_pymatgen, read_frames
 
 STRESS = np.array([0.01, 0.02, 0.03, 0.004, 0.005, 0.006])
 TENSOR = STRESS[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
@@ -58,6 +59,15 @@ def test_forces_of_fixed_atoms_are_labels_too(tmp_path: Path, name: str) -> None
     frame = quiet(path)[0]
     np.testing.assert_allclose(frame.forces, FORCES, atol=1e-7)
     assert frame.to_atoms().constraints[0].get_indices().tolist() == [0, 1]
+
+
+def test_labels_of_fixed_atoms_are_computed_whole() -> None:
+    """ACEsuit/mace#1448 again, where labels are computed: ``get_forces`` of ASE is 0 on fixed atoms."""
+    atoms = copper()
+    atoms.calc = EMT()
+    expected = atoms.get_forces()
+    atoms.set_constraint(FixAtoms([0, 1]))
+    np.testing.assert_array_equal(compute(Task("a", atoms, find_oracle("emt")))["forces"], expected)
 
 
 def test_stress_in_kilobar_beside_two_names(tmp_path: Path) -> None:
@@ -330,3 +340,43 @@ def test_lines_after_the_atoms(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"qm9\.xyz"):
         read_frames(tmp_path / "qm9.xyz")
+
+
+@pytest.mark.parametrize(
+    ("sites", "said"),
+    [
+        ("Cu 0.5 0.5\nSi 0.5 0.5", r"a\.cif#0: the site of atom 0 is occupied by 0\.5 Cu, 0\.5 Si"),
+        ("Cu 0.5 0.7", r"a\.cif#0: the site of atom 0 is occupied by 0\.7 Cu"),
+        ("Cu 0.5 1", None),
+    ],
+)
+def test_sites_that_are_shared_or_partly_empty(tmp_path: Path, sites: str, said: str | None) -> None:
+    """SimonEnsemble/PorousMaterials.jl#126: partial occupancies of a CIF file were rounded to whole atoms without a word."""
+    rows = [f"{e} {e}{k} {x} {x} 0.75 {n}" for k, (e, x, n) in enumerate(line.split() for line in sites.splitlines())]
+    cell = (
+        "\n".join(f"_cell_length_{a} 4.0" for a in "abc")
+        + "\n"
+        + "\n".join(f"_cell_angle_{a} 90" for a in ("alpha", "beta", "gamma"))
+    )
+    names = "\n".join(f"_atom_site_{n}" for n in ("type_symbol", "label", "fract_x", "fract_y", "fract_z", "occupancy"))
+    (tmp_path / "a.cif").write_text(
+        f"data_x\n{cell}\n_symmetry_Int_Tables_number 1\nloop_\n{names}\n" + "\n".join([*rows, "Cu Cu9 0 0 0 1"]) + "\n"
+    )
+    if said is None:
+        assert len(read_frames(tmp_path / "a.cif")[0]) == 2
+    else:
+        with pytest.raises(ValueError, match=said):
+            read_frames(tmp_path / "a.cif")
+
+
+def test_a_free_energy_that_differs_is_mentioned(tmp_path: Path) -> None:
+    """libAtoms/QUIP#225: forces of VASP belong to its free energy, not to what ASE calls ``energy``."""
+    atoms = copper()
+    atoms.calc = SinglePointCalculator(atoms, energy=-14.9, free_energy=-15.1, forces=FORCES)
+    ase.io.write(tmp_path / "a.traj", atoms)
+    with pytest.warns(UserWarning, match=r"a\.traj: energy is taken, not free_energy, which differs"):
+        assert read_frames(tmp_path / "a.traj")[0].energy == -14.9
+    assert quiet(tmp_path / "a.traj", keys=LabelKeys(energy="free_energy"))[0].energy == -15.1
+    atoms.calc = SinglePointCalculator(atoms, energy=-15.1, free_energy=-15.1, forces=FORCES)
+    ase.io.write(tmp_path / "b.traj", atoms)
+    assert quiet(tmp_path / "b.traj")[0].energy == -15.1
