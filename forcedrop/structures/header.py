@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from forcedrop.door import Refused
+
 _WORDS = {"lattice": "Lattice", "properties": "Properties", "pbc": "pbc"}
 _QUOTED_OR_WORD = re.compile(r"""("[^"]*"|'[^']*')|(?<!\S)(lattice|properties|pbc)(?=\s*=)""", re.IGNORECASE)
 
@@ -18,7 +20,7 @@ def spelt(header: str) -> str:
     """Return the line with its words as ASE spells them.
 
     Raises:
-        ValueError: if one of them is there twice.
+        Refused: if one of them is there twice.
     """
     found: list[str] = []
 
@@ -30,19 +32,19 @@ def spelt(header: str) -> str:
 
     line = _QUOTED_OR_WORD.sub(word, header)
     if len(set(found)) < len(found):
-        raise ValueError(f"the header says {max(found, key=found.count)} twice")
+        raise Refused(f"the header says {max(found, key=found.count)} twice")
     return line
 
 
 def require_columns(properties: str, rows: Iterable[str]) -> None:
-    """Check that each line of a frame has as many entries as its ``Properties`` declare: ASE ignores what is too much.
+    """Check that each line of a frame has as many entries as its ``Properties`` declare: ASE drops what is too much.
 
     Args:
         properties: such as ``species:S:1:pos:R:3``.
         rows: the lines of the atoms.
 
     Raises:
-        ValueError: naming the first atom whose line has another number of entries.
+        Refused: naming the first atom whose line has another number of entries.
     """
     widths = properties.split(":")[2::3]
     if not widths or not all(width.isdecimal() for width in widths):
@@ -50,4 +52,4 @@ def require_columns(properties: str, rows: Iterable[str]) -> None:
     columns = sum(map(int, widths))
     for atom, row in enumerate(rows):
         if (have := len(row.split())) != columns:
-            raise ValueError(f"Properties declare {columns} columns, the line of atom {atom} has {have}")
+            raise Refused(f"its Properties declare {columns} columns, atom {atom} has {have}")

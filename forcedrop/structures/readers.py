@@ -24,6 +24,7 @@ from forcedrop.structures.header import spelt
 from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
+from forcedrop.structures.occupancy import require_whole_sites
 from forcedrop.structures.plausible import not_per_bohr, questions
 from forcedrop.structures.predictions import Use, only_labels
 from forcedrop.structures.pymatgen_io import raw_from_pymatgen
@@ -266,7 +267,7 @@ def _read_ase(path: Path) -> Sequence[Raw | Problem]:
     if path.stat().st_size == 0:
         return []
     images: Any = xyz_images(path, read_comment) if is_xyz else ase.io.read(path, index=":")
-    return _from_atoms(images, str(path))
+    return _from_atoms(images, str(path), _of_cif if path.name.lower().removesuffix(".gz").endswith(".cif") else _raw)
 
 
 def read_comment(line: str) -> dict[str, Any]:
@@ -308,9 +309,11 @@ def _read_json(path: Path) -> Sequence[Raw | Problem]:
     return [_or_problem(f"{path}#{index}", item, raw_from_pymatgen) for index, item in enumerate(items)]
 
 
-def _from_atoms(images: Iterable[Atoms | Problem], source: str) -> list[Raw | Problem]:
+def _from_atoms(
+    images: Iterable[Atoms | Problem], source: str, read: Callable[[Atoms, str], Raw] | None = None
+) -> list[Raw | Problem]:
     return [
-        atoms if isinstance(atoms, Problem) else _or_problem(f"{source}#{index}", atoms, _raw)
+        atoms if isinstance(atoms, Problem) else _or_problem(f"{source}#{index}", atoms, read or _raw)
         for index, atoms in enumerate(images)
     ]
 
@@ -321,6 +324,11 @@ def _or_problem(source: str, item: Any, read: Callable[[Any, str], Raw]) -> Raw 
         return read(item, source)
     except Exception as error:
         return Problem(source, "structure", reason_of(error).removeprefix(f"{source}: "))
+
+
+def _of_cif(atoms: Atoms, source: str) -> Raw:
+    require_whole_sites(atoms, source)
+    return _raw(atoms, source)
 
 
 def _raw(atoms: Atoms, source: str) -> Raw:

@@ -345,8 +345,8 @@ def test_lines_after_the_atoms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sites", "said"),
     [
-        ("Cu 0.5 0.5\nSi 0.5 0.5", r"a\.cif#0: the site of atom 0 is occupied by 0\.5 Cu, 0\.5 Si"),
-        ("Cu 0.5 0.7", r"a\.cif#0: the site of atom 0 is occupied by 0\.7 Cu"),
+        ("Cu 0.5 0.5\nSi 0.5 0.5", r"a\.cif#0: .*the site of atom 0 is occupied by 0\.5 Cu, 0\.5 Si"),
+        ("Cu 0.5 0.7", r"a\.cif#0: .*the site of atom 0 is occupied by 0\.7 Cu"),
         ("Cu 0.5 1", None),
     ],
 )
