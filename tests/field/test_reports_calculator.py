@@ -257,6 +257,26 @@ def test_atoms_without_places(model: TrainedModel) -> None:
     assert np.isfinite(energy(model, image))
 
 
+def test_a_left_handed_cell_is_the_same_crystal(model: TrainedModel) -> None:
+    """materialyzeai/matgl#198: a negative determinant turned the sign of the stress."""
+    atoms = silicon()
+    mirrored = atoms.copy()
+    mirrored.set_cell(atoms.cell.array[[1, 0, 2]])
+    assert np.linalg.det(mirrored.cell.array) < 0
+    assert energy(model, mirrored) == pytest.approx(energy(model, atoms), abs=1e-9)
+    for one in (atoms, mirrored):
+        one.calc = calculator(model)
+        one.get_potential_energy()
+    for name in ("forces", "stress", "stress_std", "pressure_std"):
+        np.testing.assert_allclose(mirrored.calc.results[name], atoms.calc.results[name], atol=1e-9)
+
+
+def test_atoms_of_no_element(model: TrainedModel) -> None:
+    """lab-cosmo/librascal#288: an atom ``X`` gave numbers without meaning."""
+    with pytest.raises(ValueError, match=r"atom 1 is .*the model knows"):
+        energy(model, Atoms("CX", positions=[[0, 0, 0], [0, 0, 1.2]]))
+
+
 def test_images_of_a_band_may_share_a_calculator(model: TrainedModel) -> None:
     """SUNCAT-Center/CatLearn#98: images of a band were computed with what was attached to another."""
     start, end = ethanol(), ethanol(seed=1)

@@ -232,6 +232,18 @@ def test_words_of_the_header_in_any_case(tmp_path: Path, lattice: str, propertie
     assert frame.energy == -3.5
 
 
+@pytest.mark.parametrize(("energy", "force"), [("nan", "0.1"), ("-1.0", "nan"), ("inf", "0.1")])
+def test_numbers_that_are_none(tmp_path: Path, energy: str, force: str) -> None:
+    """brucefan1983/GPUMD#682: a file with gaps trained to errors of nan; nothing said which frame it was."""
+    head = "2\nProperties=species:S:1:pos:R:3:forces:R:3 energy="
+    (tmp_path / "a.xyz").write_text(
+        f"{head}-1.0\nCu 0 0 0 0 0 0.1\nCu 0 0 2.4 0 0 -0.1\n{head}{energy}\nCu 0 0 0 0 0 {force}\nCu 0 0 2.4 0 0 -0.1\n"
+    )
+    with pytest.raises(ValueError, match=r"a\.xyz#1: (energy|forces): .*(NaN|nan|finite)"):
+        read_frames(tmp_path / "a.xyz")
+    assert len(read_frames(tmp_path / "a.xyz", skip_bad=True)) == 1
+
+
 def test_labels_in_the_data_of_a_database(tmp_path: Path) -> None:
     """AIRI-Institute/nablaDFT#48: energies and forces are in ``row.data``, where nobody looked."""
     with ase.db.connect(tmp_path / "a.db") as database:

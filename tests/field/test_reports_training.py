@@ -141,6 +141,17 @@ def test_isolated_energies_that_cannot_be_those_of_the_labels(tmp_path: Path) ->
     assert not [note for note in prepare_data(parse_config(values)).notes if "isolated" in note]
 
 
+@pytest.mark.parametrize("name", ["charge", "total_charge", "spin", "multiplicity"])
+def test_charges_and_spins_that_no_network_sees(tmp_path: Path, name: str) -> None:
+    """cusp-ai-oss/kUPS#236 and openmm/spice-dataset#42: charge and spin were taken for 0, or not there, whatever they were."""
+    frames = [replace(frame, info={name: k % 2, "config_type": "x"}) for k, frame in enumerate(emt_frames(24))]
+    write_frames(tmp_path / "train.h5", frames)
+    said = prepare_data(parse_config(settings(tmp_path))).notes
+    assert any(f"warning: frames of Cu4 have `{name}` 0 and 1: a network does not see" in note for note in said)
+    write_frames(tmp_path / "train.h5", [replace(frame, info={name: 1}) for frame in emt_frames(24)])
+    assert not [note for note in prepare_data(parse_config(settings(tmp_path))).notes if "does not see" in note]
+
+
 def test_keys_that_are_not_used_are_errors(folder: Path) -> None:
     """mir-group/nequip#579: misspelt keys; here the error names the closest right one."""
     values = settings(folder)
