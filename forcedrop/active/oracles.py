@@ -197,12 +197,12 @@ def compute(task: Task) -> dict[str, Any]:
     atoms.calc = task.oracle.calculator(task.attempt)
     found: dict[str, Any] = {
         "energy": float(atoms.get_potential_energy()),
-        "forces": np.array(atoms.get_forces(), float),
+        "forces": np.array(atoms.get_forces(apply_constraint=False), float),
         "stress": None,
     }
     if task.stress:
         try:
-            found["stress"] = np.array(atoms.get_stress(), float)
+            found["stress"] = np.array(atoms.get_stress(apply_constraint=False), float)
         except (PropertyNotImplementedError, NotImplementedError):
             found["stress"] = None
     return found

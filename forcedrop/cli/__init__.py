@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -28,6 +29,12 @@ def _options(
     pass
 
 
+def _warn(message: Warning | str, *place: object) -> None:
+    """Show a warning as a line of its own, without the place in the code."""
+    typer.echo(f"warning: {message}", err=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the given arguments, or those of the process."""
+    warnings.showwarning = _warn
     app(list(sys.argv[1:] if arguments is None else arguments), prog_name="forcedrop")

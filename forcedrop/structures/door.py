@@ -21,6 +21,7 @@ from ase.io.extxyz import read_xyz
 
 from forcedrop.door import Refused, check_zip, door, may_unpack, one_line, reason, short, too_large
 from forcedrop.structures.checks import Problem
+from forcedrop.structures.header import require_columns
 
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COUNT = re.compile(r"\s*\d{1,18}\s*")
@@ -159,11 +160,8 @@ def _frame_text(header: str, lines: _Lines) -> str:
 def _image(text: str, read_comment: Callable[[str], dict[str, Any]]) -> Atoms:
     """Return the atoms of one frame."""
     require_text(text)
-    _, comment, *rows = text.split("\n", 3)
-    if (declared := _PROPERTIES.search(comment)) and rows:
-        widths = declared[1].split(":")[2::3]
-        columns = sum(int(width) for width in widths if width.isdecimal())
-        if columns > len(rows[0].split()):
-            raise Refused(f"its Properties declare {columns} columns, the first atom has {len(rows[0].split())}")
+    header, comment, *rows = text.splitlines()
+    if declared := _PROPERTIES.search(comment):
+        require_columns(declared[1], rows[: int(header)])
     images: Iterator[Atoms] = iter(read_xyz(StringIO(text), slice(None), read_comment))
     return next(images)

@@ -20,6 +20,9 @@ from forcedrop.structures.telling import Tell
 ALONE = 5.0
 """An atom without another one within this distance [Å] is alone, where no cutoff says more."""
 
+MOST_BINDING = 50.0
+"""Energy for each atom [eV] between a structure and its isolated atoms that no structure has: the strongest solids bind by 12."""
+
 _SAYS_SO = {"isolatedatom", "isolatedatoms", "isoatom"}
 _SAME = 1e-3
 
@@ -82,6 +85,28 @@ def isolated_energies(
     counts = np.array([[np.count_nonzero(f.z == z) for z in needed] for f in labelled], float)
     fitted = np.linalg.lstsq(counts, np.array([f.energy for f in labelled]), rcond=None)[0]
     return dict(zip(needed, fitted.tolist(), strict=True)), "fitted to the compositions"
+
+
+def doubtful_binding(frames: Sequence[Frame], isolated: Mapping[int, float]) -> str | None:
+    """Return a sentence if energies of structures lie so far from those of their atoms that the two cannot belong together.
+
+    Args:
+        frames: structures with energies.
+        isolated: of each isolated atom [eV], by atomic number.
+    """
+    binding = [
+        (f.energy - sum(isolated[int(z)] for z in f.z)) / len(f)
+        for f in frames
+        if f.energy is not None and len(f) and all(int(z) in isolated for z in f.z)
+    ]
+    typical = float(np.median(binding)) if binding else 0.0
+    if abs(typical) <= MOST_BINDING:
+        return None
+    where = "above" if typical > 0 else "below"
+    return (
+        f"energies of the structures are {abs(typical):.4g} eV per atom {where} those of their isolated atoms, which is no "
+        "chemistry: are both of the same method, of all electrons or of valence electrons alone, and in the same unit?"
+    )
 
 
 def _given(

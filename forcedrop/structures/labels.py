@@ -166,7 +166,7 @@ class _Reading:
         if asked is not None:
             return [asked] if asked in values else []
         found = candidates(values, kinds, arrays=self.arrays)
-        return found + candidates(values, [Kind.FREE_ENERGY]) if what == "energy" and not found else found
+        return found + candidates(values, [Kind.FREE_ENERGY]) if what == "energy" else found
 
     def _value(self, what: str, name: str, value: Any, frame: Frame, own_unit: str | None) -> Any:
         """Return a label in eV and Å; None for a stress that is none.

@@ -20,12 +20,15 @@ from forcedrop.structures.checks import BadFrames, Problem, check_frames
 from forcedrop.structures.conversion import Conversion, Units
 from forcedrop.structures.door import check_packed, open_text, reason_of, require_text, xyz_images
 from forcedrop.structures.frame import COMPUTED, Frame
+from forcedrop.structures.header import spelt
 from forcedrop.structures.labels import LabelKeys, Labelled, Raw, labelled
 from forcedrop.structures.names import Kind, meaning
 from forcedrop.structures.npz import ASSUMED, read_arrays
+from forcedrop.structures.occupancy import require_whole_sites
 from forcedrop.structures.plausible import not_per_bohr, questions
 from forcedrop.structures.predictions import Use, only_labels
 from forcedrop.structures.pymatgen_io import raw_from_pymatgen
+from forcedrop.structures.results import results_of
 from forcedrop.structures.store import FrameStore
 from forcedrop.structures.telling import Tell, accepted, say
 from forcedrop.units import unit
@@ -264,11 +267,12 @@ def _read_ase(path: Path) -> Sequence[Raw | Problem]:
     if path.stat().st_size == 0:
         return []
     images: Any = xyz_images(path, read_comment) if is_xyz else ase.io.read(path, index=":")
-    return _from_atoms(images, str(path))
+    return _from_atoms(images, str(path), _of_cif if path.name.lower().removesuffix(".gz").endswith(".cif") else _raw)
 
 
 def read_comment(line: str) -> dict[str, Any]:
     """Read the comment line of an extended XYZ file; a stress or virial of six numbers, which ASE refuses, is left as it is."""
+    line = spelt(line)
     try:
         return dict(key_val_str_to_dict(line))
     except ValueError:
@@ -305,9 +309,11 @@ def _read_json(path: Path) -> Sequence[Raw | Problem]:
     return [_or_problem(f"{path}#{index}", item, raw_from_pymatgen) for index, item in enumerate(items)]
 
 
-def _from_atoms(images: Iterable[Atoms | Problem], source: str) -> list[Raw | Problem]:
+def _from_atoms(
+    images: Iterable[Atoms | Problem], source: str, read: Callable[[Atoms, str], Raw] | None = None
+) -> list[Raw | Problem]:
     return [
-        atoms if isinstance(atoms, Problem) else _or_problem(f"{source}#{index}", atoms, _raw)
+        atoms if isinstance(atoms, Problem) else _or_problem(f"{source}#{index}", atoms, read or _raw)
         for index, atoms in enumerate(images)
     ]
 
@@ -320,8 +326,13 @@ def _or_problem(source: str, item: Any, read: Callable[[Any, str], Raw]) -> Raw 
         return Problem(source, "structure", reason_of(error).removeprefix(f"{source}: "))
 
 
+def _of_cif(atoms: Atoms, source: str) -> Raw:
+    require_whole_sites(atoms, source)
+    return _raw(atoms, source)
+
+
 def _raw(atoms: Atoms, source: str) -> Raw:
-    results = atoms.calc.results if atoms.calc is not None else {}
+    results = results_of(atoms, source)
     computed = {k: np.asarray(results[k]) for k in COMPUTED if np.shape(results.get(k, 0.0)) == (len(atoms),)}
     written = atoms.info.get("constraints")  # those of any kind, beside a column for the simple ones
     frame = Frame.from_atoms(

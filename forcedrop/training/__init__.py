@@ -20,6 +20,7 @@ _MENU = {
     "TrainingDiverged": "forcedrop.training.loop",
     "TrainingInterrupted": "forcedrop.training.loop",
     "load_config": "forcedrop.training.config",
+    "load_model": "forcedrop.model",  # where earlier versions had it
     "parse_config": "forcedrop.training.config",
     "train": "forcedrop.training.run",
 }

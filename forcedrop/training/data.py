@@ -23,7 +23,9 @@ from forcedrop.structures import (
 )
 from forcedrop.structures.compositions import basis, formula
 from forcedrop.structures.copies import Signature, copies, signatures
+from forcedrop.structures.isolated import doubtful_binding
 from forcedrop.structures.prints import Prints
+from forcedrop.structures.states import unseen_states
 from forcedrop.training.config import DataSection, TrainConfig
 from forcedrop.training.split import hold_out, make_units, rare
 
@@ -92,6 +94,8 @@ def prepare_data(config: TrainConfig, tell: Callable[[str], None] | None = None)
     drawn_calibration = data.calibration_fraction if calibrates and not data.calibration else 0.0
     units, notes = make_units(frames, signed, data.split, (drawn_validation, drawn_calibration))
     notes += _unknown(singles, elements)
+    doubts = (doubtful_binding(frames, isolated), unseen_states(frames))
+    notes += [f"warning: {doubt}" for doubt in doubts if doubt is not None]
     generator = torch.Generator().manual_seed(config.seed)
     roles: dict[str, list[Frame]] = {}
     given: list[tuple[str, Sequence[Any] | None]] = [

@@ -10,6 +10,7 @@ functions that all fit the energies of the training set alike may say too little
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -158,17 +159,20 @@ COVERAGES = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
 def conformal_quantiles(error: np.ndarray, sigma: np.ndarray, n_frames: int) -> dict[float, float]:
     r"""Return the q for which an interval of ±qσ holds a stated share of new errors, whatever their distribution.
 
-    Of :math:`|error|/σ` on n calibration frames the quantile at ⌈(n+1)·coverage⌉/n; no entry where that is above 1: too few
-    frames can promise no such coverage. Source: split conformal prediction (Papadopoulos et al., ECML 2002; Angelopoulos & Bates,
-    arXiv 2107.07511, sec. 1). The promise is for frames that are exchangeable with the calibration frames; entries of one frame
-    depend on each other, so it is frames that are counted.
+    Of :math:`|error|/σ` on n calibration frames the smallest value that a share k/n, k = ⌈(n+1)·coverage⌉, does not exceed
+    (with one value a frame, the k-th smallest); no entry where k is above n: too few frames can promise no such coverage.
+    Source: split conformal prediction (Papadopoulos et al., ECML 2002; Angelopoulos & Bates, arXiv 2107.07511, sec. 1). The
+    promise is for frames that are exchangeable with the calibration frames; entries of one frame depend on each other: frames
+    are counted.
     """
     used = (np.abs(error) > 1e-12) | (sigma > 1e-12)
-    ratio = np.abs(error[used]) / np.maximum(sigma[used], 1e-12)
-    levels = {coverage: np.ceil((n_frames + 1) * coverage) / n_frames for coverage in COVERAGES}
-    return {
-        coverage: float(np.quantile(ratio, level, method="higher")) for coverage, level in levels.items() if level <= 1
-    }
+    ratio = np.sort(np.abs(error[used]) / np.maximum(sigma[used], 1e-12), axis=None)
+    found = {}
+    for coverage in COVERAGES:
+        k = math.ceil((n_frames + 1) * coverage - 1e-9)  # 0.68 · 75 is 51 and a little in floating point
+        if k <= n_frames and len(ratio):
+            found[coverage] = float(ratio[-(-k * len(ratio) // n_frames) - 1])
+    return found
 
 
 def frame_criteria(forces_sigma: np.ndarray, energy_sigma: float) -> dict[str, float]:

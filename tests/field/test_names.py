@@ -116,7 +116,8 @@ def test_a_free_energy_is_the_last_resort_and_said(tmp_path: Path) -> None:
         assert read_frames(tmp_path / "a.xyz")[0].energy == -3.0
     atoms.info["DFT_energy"] = -2.0
     ase.io.write(tmp_path / "b.xyz", atoms, format="extxyz")
-    assert read_frames(tmp_path / "b.xyz")[0].energy == -2.0
+    with pytest.warns(UserWarning, match="DFT_energy is taken, not free_energy, which differs"):
+        assert read_frames(tmp_path / "b.xyz")[0].energy == -2.0
 
 
 def test_database_data_and_pairs(tmp_path: Path) -> None:
