@@ -152,7 +152,7 @@ def set_up(folder: Path, changes: dict[str, Any]) -> Path:
         },
         "retraining": {"steps": 24},
         "explore": {
-            "temperatures": [600], "starts": 2, "steps": 20, "timestep": 2.0, "record_every": 4, "samples": 3,
+            "temperatures": [600], "starts": 2, "steps": 20, "timestep": 2.0, "record_every": 4, "samples": 4,
             "quantile": 0.0, "stop_above": 100.0,
         },
         "pick": {"batch": 4, "check": 1, "min_distance": 0.01},

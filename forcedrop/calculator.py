@@ -23,7 +23,7 @@ from forcedrop.graph import Batch, NeighbourFinder, batch_graphs, build_graph
 from forcedrop.model import TrainedModel, load_model
 from forcedrop.structures import Frame
 from forcedrop.structures.search import check_geometry
-from forcedrop.uncertainty.calibration import deviations, force_covariance
+from forcedrop.uncertainty.calibration import FEWEST, deviations, force_covariance
 from forcedrop.uncertainty.sampling import MAX_MEMORY, Prediction, predict
 
 _VALUES = ("energy", "energies", "forces", "stress")
@@ -115,7 +115,7 @@ class DropoutCalculator(Calculator):
     @property
     def sigma_kind(self) -> str:
         """What σ is called in ``results``: ``uncertainty`` for a calibrated model, else ``std``, the raw spread."""
-        return "std" if self.model.calibration is None else "uncertainty"
+        return "std" if self.model.calibration_of(self.n_samples) is None else "uncertainty"
 
     def calculate(
         self,
@@ -182,7 +182,7 @@ class DropoutCalculator(Calculator):
         samples |= {name: samples[name][:, 0] for name in ("energy", "stress")}
         mean = _single(prediction.mean, "")
         results["pressure_std"] = _pressure(samples["stress"])
-        calibration = self.model.calibration
+        calibration = self.model.calibration_of(self.n_samples)
         if calibration is not None:
             samples = calibration.apply(samples, z, mean)
             results["forces_covariance"] = force_covariance(samples["forces"])
@@ -223,9 +223,9 @@ class DropoutCalculator(Calculator):
         for name in properties:
             if name.startswith(_CELL) and not periodic:
                 raise PropertyNotImplementedError("stress needs a periodic structure with a cell")
-            if name.endswith(("_uncertainty", "_covariance")) and self.model.calibration is None:
+            if name.endswith(("_uncertainty", "_covariance")) and self.sigma_kind == "std":
                 raise PropertyNotImplementedError(
-                    f"{name} needs a calibrated model; this one has none (raw spread: {name[:-11]}std)"
+                    f"{name} needs a calibrated model and {FEWEST} functions or more (raw spread: {name[:-11]}std)"
                 )
             if name.endswith("_ensemble") and not self.keep_samples:
                 raise PropertyNotImplementedError(f"{name} needs DropoutCalculator(..., keep_samples=True)")

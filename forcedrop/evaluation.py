@@ -190,8 +190,9 @@ def _blocks(frames: Iterable[Frame], most_atoms: int) -> Iterator[list[Frame]]:
 def _calibrated(model: TrainedModel, frame: Frame, p: FramePrediction) -> FramePrediction:
     """Return a prediction with σ, if the model has a calibration, and with the samples of the energy alone."""
     samples, sigma = p.samples, None
-    if model.calibration is not None:
-        samples = model.calibration.apply(p.samples, frame.z, p.mean)
+    calibration = model.calibration_of(p.n_samples)
+    if calibration is not None:
+        samples = calibration.apply(p.samples, frame.z, p.mean)
         sigma = deviations(samples)
     return replace(p, sigma=sigma, samples={"energy": samples["energy"]})
 
@@ -247,6 +248,8 @@ def evaluate(
     totals = [
         float(p.mean["energy"]) - f.energy for f, p in zip(frames, predictions, strict=True) if f.energy is not None
     ]
+    n_samples = predictions[0].n_samples if len(predictions) else 0
+    calibration = model.calibration_of(n_samples)
     found = Evaluation(
         reference={name: c[0] for name, c in joined.items()},
         error={name: c[1] for name, c in joined.items()},
@@ -256,10 +259,10 @@ def evaluate(
         plain_rmse={name: rmse(c[3]) for name, c in joined.items()},
         total_energy_rmse=rmse(np.array(totals)) if totals else float("nan"),
         n_frames=len(frames),
-        calibrated=model.calibration is not None,
-        n_samples=predictions[0].n_samples if len(predictions) else 0,
+        calibrated=calibration is not None,
+        n_samples=n_samples,
     )
-    return found if model.calibration is None else replace(found, coverage=_coverage(found, model.calibration))
+    return found if calibration is None else replace(found, coverage=_coverage(found, calibration))
 
 
 def _warn_of(model: TrainedModel, frames: Sequence[Frame]) -> None:

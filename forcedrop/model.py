@@ -132,25 +132,42 @@ class TrainedModel:
         known = self.provenance.get("isolated_energies", {}).get("compositions")
         return known is None or spanned(z, known)
 
+    def calibration_of(self, n_samples: int) -> Calibration | None:
+        """Return the calibration of σ of so many functions; None for fewer than 4, of which there is no calibrated σ."""
+        return None if 0 < n_samples < FEWEST else self.calibration
+
+    def need_calibration(self, n_samples: int) -> None:
+        """Refuse to compare the σ of so few functions with a limit that calibrated ones are meant for.
+
+        Raises:
+            ValueError: if the model has a calibration, and they are fewer than 4.
+        """
+        if self.calibration is not None and self.calibration_of(n_samples) is None:
+            raise ValueError(
+                f"there is no calibrated σ of fewer than {FEWEST} functions to hold against a limit, asked for {n_samples}; "
+                f"take {FEW} or more"
+            )
+
     def functions_for(self, n_samples: int | None = None, seed: int | None = None) -> tuple[int, int]:
         """Return how many functions to use, and the seed of masks that are drawn: by default the first 16.
 
         Warns (``UserWarning``) about masks that are not among those of the training, and about fewer than 8 functions.
 
         Raises:
-            ValueError: if there are not so many, or they are fewer than 4, of which a calibrated model has no σ.
+            ValueError: if there are not so many.
         """
         known = self.n_functions
         if n_samples is None:
             n_samples = min(SAMPLES, known or SAMPLES)
         seed = self.seed if seed is None else seed
         require_functions(self.potential, n_samples)
-        if n_samples < FEWEST and self.calibration is not None:
-            raise ValueError(
-                f"there is no calibrated σ of fewer than {FEWEST} functions, asked for {n_samples}: it would warn of nothing, "
-                f"errors are any multiple of such a spread; take {FEW} or more"
+        if n_samples < FEWEST:
+            warnings.warn(
+                f"σ of {n_samples} functions says nothing, errors are any multiple of it: it is the raw spread, not calibrated; "
+                f"take {FEW} or more",
+                stacklevel=3,
             )
-        if n_samples < FEW:
+        elif n_samples < FEW:
             warnings.warn(
                 f"σ of {n_samples} functions says little: it is itself uncertain by {100 / (2 * n_samples - 2) ** 0.5:.0f} %; "
                 f"take {FEW} or more",

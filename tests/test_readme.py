@@ -38,7 +38,7 @@ def test_make_targets_exist() -> None:
 def test_python(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {})
-    assert re.search(r"-\d+\.\d+ ± 0\.\d+ eV, largest force σ 0\.\d+ eV/Å", capsys.readouterr().out)
+    assert re.search(r"-\d+\.\d+ ± 0\.\d+ eV, largest atomic force σ 0\.\d+ eV/Å", capsys.readouterr().out)
 
 
 def test_commands(checkout: Path) -> None:

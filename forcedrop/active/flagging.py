@@ -76,6 +76,8 @@ def flag(
         ValueError: for an unknown criterion, both a threshold and a quantile, or a quantile without a calibration.
         BadFrames: if a frame cannot be computed.
     """
+    if n_samples is not None:
+        model.need_calibration(n_samples)
     limit = resolve_threshold(model.calibration, criterion, threshold, quantile)
     predictions = predict_frames(model, frames, n_samples=n_samples, seed=seed, what="flag")
     values = np.empty(len(frames))

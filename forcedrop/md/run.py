@@ -209,6 +209,8 @@ def run_md(
     guard = _guard_settings(guard, threshold, stop_above)
     ensemble, folder = ensemble or NVE(), Path(folder)
     check_settings(ensemble, temperature, timestep, steps, record_every)
+    if guard is not None:
+        calculator.model.need_calibration(calculator.n_samples)
     check_start(atoms, ensemble, temperature, draw=velocities)
     path = folder / "restart.pt"
     start = Restart.load(path) if resume and path.exists() else None

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from forcedrop.structures.isolated import is_isolated_atom, isolated_energies
     from forcedrop.structures.labels import LabelKeys
     from forcedrop.structures.pymatgen_io import frames_from_pymatgen
-    from forcedrop.structures.readers import Reading, frames_from_atoms, read_checked, read_frames
+    from forcedrop.structures.readers import frames_from_atoms, read_checked, read_frames
+    from forcedrop.structures.reading import Reading
     from forcedrop.structures.store import FrameStore
     from forcedrop.structures.writers import write_frames
 
@@ -25,7 +26,7 @@ _MENU = {
     "FrameStore": "forcedrop.structures.store",
     "LabelKeys": "forcedrop.structures.labels",
     "Problem": "forcedrop.structures.checks",
-    "Reading": "forcedrop.structures.readers",
+    "Reading": "forcedrop.structures.reading",
     "check_frames": "forcedrop.structures.checks",
     "frames_from_atoms": "forcedrop.structures.readers",
     "frames_from_pymatgen": "forcedrop.structures.pymatgen_io",

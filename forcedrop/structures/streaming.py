@@ -15,7 +15,8 @@ from forcedrop.door import door
 from forcedrop.structures.checks import BadFrames, Problem
 from forcedrop.structures.door import check_packed, xyz_images
 from forcedrop.structures.frame import Frame
-from forcedrop.structures.readers import Reading, read_checked, read_comment
+from forcedrop.structures.readers import read_checked, read_comment
+from forcedrop.structures.reading import Reading
 from forcedrop.structures.store import FrameStore
 from forcedrop.units import length_factor
 

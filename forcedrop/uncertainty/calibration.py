@@ -133,7 +133,7 @@ def _score(error: np.ndarray, sigma: np.ndarray) -> float:
     return float(np.mean(0.5 * np.square(error[seen] / sigma[seen]) + np.log(sigma[seen])))
 
 
-FEWEST = 30
+FEWEST_ATOMS = 30
 """Atoms of an element below which it has no factor of its own."""
 
 
@@ -148,7 +148,7 @@ def fit_elements(error: np.ndarray, sigma: np.ndarray, z: np.ndarray) -> dict[in
     found = {}
     for number in np.unique(z):
         rows = (z == number) & (local_spread(sigma) > 1e-12)
-        found[int(number)] = fit_scale(error[rows], sigma[rows]) if rows.sum() >= FEWEST else 1.0
+        found[int(number)] = fit_scale(error[rows], sigma[rows]) if rows.sum() >= FEWEST_ATOMS else 1.0
     return found
 
 

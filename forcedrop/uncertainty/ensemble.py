@@ -91,6 +91,7 @@ class Ensemble(EnergyModel):
         first = members[0]
         super().__init__(first.shape, first.elements)
         self.repulsion = self.presence = None  # members have their own
+        self.approach.to(first.dtype)
         self.energy_scale = torch.ones_like(first.energy_scale)  # as are their units
         self.isolated = torch.stack([member.isolated for member in members]).mean(0)
         self.members = nn.ModuleList(members)

@@ -94,7 +94,7 @@ def test_plan() -> None:
 
 
 def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, monkeypatch) -> None:
-    settings = ExploreSection(temperatures=[300, 900], starts=1, steps=10, timestep=2.0, record_every=5, samples=3)
+    settings = ExploreSection(temperatures=[300, 900], starts=1, steps=10, timestep=2.0, record_every=5, samples=4)
     plan = plan_runs(settings, emt_frames(3), 0, 1)
     arguments = (trained_folder / "run" / "model.pt",)
     limits = Limits(0.0, 1e-6, 4.0, 0.6, 4.0)
@@ -125,7 +125,7 @@ def test_runs_are_done_once_and_are_the_same_again(trained_folder, tmp_path, mon
 
 
 def test_several_at_once_are_the_same_runs(trained_folder, tmp_path) -> None:
-    settings = ExploreSection(temperatures=[300], starts=2, steps=4, timestep=2.0, record_every=2, samples=2)
+    settings = ExploreSection(temperatures=[300], starts=2, steps=4, timestep=2.0, record_every=2, samples=4)
     plan = plan_runs(settings, emt_frames(3), 0, 1)
     for workers in (1, 2):
         own = settings.model_copy(update={"workers": workers})
@@ -145,7 +145,7 @@ def test_several_at_once_are_the_same_runs(trained_folder, tmp_path) -> None:
 def test_a_wrong_setting_is_no_explosion(trained_folder, tmp_path) -> None:
     frame = emt_frames(1)[0]
     free = Frame(**{**vars(frame), "pbc": np.zeros(3, bool)})
-    settings = ExploreSection(temperatures=[300], starts=1, steps=4, record_every=2, ensemble="npt", samples=2)
+    settings = ExploreSection(temperatures=[300], starts=1, steps=4, record_every=2, ensemble="npt", samples=4)
     plan = plan_runs(settings, [free], 0, 1)
     with pytest.raises(ValueError, match="NPT needs a structure that is periodic"):
         explore(plan, trained_folder / "run" / "model.pt", tmp_path, settings, LIMITS, "cpu")

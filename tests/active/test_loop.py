@@ -42,7 +42,7 @@ def values(folder: Path, **changes: object) -> dict:
         },
         "retraining": {"steps": 12},
         "explore": {
-            "temperatures": [600], "starts": 2, "steps": 24, "timestep": 2.0, "record_every": 4, "samples": 3,
+            "temperatures": [600], "starts": 2, "steps": 24, "timestep": 2.0, "record_every": 4, "samples": 4,
             "quantile": 0.2, "stop_above": 100.0,
         },
         "pick": {"batch": 4, "check": 1, "min_distance": 0.01},

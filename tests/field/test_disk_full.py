@@ -21,7 +21,7 @@ from tests.disks import Disk, failing
 
 def md(folder: Path, model: Path, *more: str) -> tuple[int, str]:
     command = ["md", str(model), str(folder / "start.h5"), "--steps", "6", "--record-every", "1", "--ensemble", "nvt"]
-    found = CliRunner().invoke(app, [*command, "--samples", "2", "--output", str(folder / "out"), *more])
+    found = CliRunner().invoke(app, [*command, "--samples", "4", "--output", str(folder / "out"), *more])
     assert found.exception is None or isinstance(found.exception, SystemExit)
     return found.exit_code, found.output
 

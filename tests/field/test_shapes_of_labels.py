@@ -104,7 +104,7 @@ def test_wrong_labels_name_file_frame_and_key(tmp_path: Path, name: str) -> None
 
 
 def test_forces_in_text_or_of_another_shape(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.xyz: .*could not convert string to float: 'x'"):
+    with pytest.raises(ValueError, match=r"a\.xyz#0: .*could not convert string to float: 'x'"):
         read_frames(xyz(tmp_path / "a.xyz", "energy=-1.0", ":forces:S:3", column="1.0 2.0 x"))
     with pytest.raises(BadFrames, match=r"forces: forces must have shape \(4, 3\), got \(4, 2\)"):
         read_frames(xyz(tmp_path / "b.xyz", "energy=-1.0", ":forces:R:2", column="1.0 2.0"))

@@ -16,7 +16,7 @@ from ase.calculators.emt import EMT
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from forcedrop import DropoutCalculator
+from forcedrop import DropoutCalculator, flag
 from forcedrop.active.roles import draw_roles
 from forcedrop.cli import app
 from forcedrop.evaluation import compare, evaluate
@@ -286,18 +286,26 @@ def test_an_old_file_says_of_what_its_errors_are(tmp_path: Path, trained: Traine
 
 
 def test_few_functions_are_no_error_bar(trained: TrainedModel, trained_folder: Path, tmp_path: Path) -> None:
+    frames = emt_frames(4, seed=9)
     for n in (2, 3):
-        with pytest.raises(ValueError, match=f"no calibrated σ of fewer than 4 functions, asked for {n}"):
-            DropoutCalculator(trained, n_samples=n)
-    for n, known in ((5, trained), (2, replace(trained, calibration=None))):
-        with pytest.warns(UserWarning, match=f"σ of {n} functions says little"):
-            DropoutCalculator(known, n_samples=n)
+        with pytest.warns(UserWarning, match=f"σ of {n} functions says nothing"):
+            calculator = DropoutCalculator(trained, n_samples=n)
+        atoms = frames[0].to_atoms()
+        atoms.calc = calculator
+        atoms.get_forces()
+        assert "forces_std" in calculator.results
+        assert not [name for name in calculator.results if name.endswith("_uncertainty")]
+        with pytest.raises(ValueError, match=f"no calibrated σ of fewer than 4 functions .* asked for {n}"):
+            flag(trained, frames, n_samples=n)
+    with pytest.warns(UserWarning, match="σ of 5 functions says little"):
+        DropoutCalculator(trained, n_samples=5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DropoutCalculator(trained, n_samples=8)
     write_frames(tmp_path / "f.xyz", emt_frames(4, seed=9))
-    out = run("evaluate", trained_folder / "run" / "model.pt", tmp_path / "f.xyz", "--samples", 3, code=1)
-    assert "error: there is no calibrated σ of fewer than 4 functions, asked for 3" in out
+    with pytest.warns(UserWarning, match="σ of 3 functions says nothing"):
+        out = run("evaluate", trained_folder / "run" / "model.pt", tmp_path / "f.xyz", "--samples", 3)
+    assert "calibrated σ of 3" not in out
     out = run("evaluate", trained_folder / "run" / "model.pt", tmp_path / "f.xyz", "--samples", 16)
     assert "4 frames, calibrated σ of 16 functions" in out
 

@@ -237,7 +237,7 @@ def test_two_units_in_one_file(tmp_path: Path) -> None:
     mixed = [scaled(f, 1 / KCAL, 1, 1 / KCAL, 0) if k > 8 else scaled(f, stress=0) for k, f in enumerate(frames)]
     path = file_of(tmp_path / "a.xyz", mixed, stress=0)
     with pytest.raises(
-        BadFrames, match=r"3 bad frames:\n.*a\.xyz#9: energy: is -230. eV per atom.*-99.*kcal/mol instead of eV"
+        BadFrames, match=r"3 bad frames.*:\n.*a\.xyz#9: energy: is -230. eV per atom.*-99.*kcal/mol instead of eV"
     ):
         read_frames(path)
     assert len(read_frames(path, skip_bad=True)) == 9

@@ -77,7 +77,7 @@ def test_same_seed_same_run(trained, tmp_path) -> None:
 
 def test_nvt_reaches_its_temperature(trained, tmp_path) -> None:
     run = run_md(
-        crystal(2), DropoutCalculator(trained, 2), tmp_path, ensemble=NVT(0.05), temperature=400, steps=450,
+        crystal(2), DropoutCalculator(trained, 4), tmp_path, ensemble=NVT(0.05), temperature=400, steps=450,
         timestep=4.0, record_every=9,
     )  # fmt: skip
     temperature = np.mean([row["temperature_K"] for row in run.rows[10:]])
@@ -108,18 +108,18 @@ def test_sigma_is_recorded_where_uncertainty_every_would_skip_it(trained, tmp_pa
 def test_velocities_are_kept_on_request(trained, tmp_path) -> None:
     atoms = crystal()
     with pytest.raises(ValueError, match="no velocities to keep"):
-        run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=1, timestep=0.001, velocities=False)
+        run_md(atoms, DropoutCalculator(trained, 4), tmp_path, steps=1, timestep=0.001, velocities=False)
     atoms.set_velocities(np.full((4, 3), 0.01))
-    run_md(atoms, DropoutCalculator(trained, 2), tmp_path, steps=1, timestep=0.001, velocities=False)
+    run_md(atoms, DropoutCalculator(trained, 4), tmp_path, steps=1, timestep=0.001, velocities=False)
     np.testing.assert_allclose(atoms.get_velocities(), 0.01, atol=1e-3)
 
 
 def test_a_large_sigma_ends_the_run(trained, tmp_path) -> None:
-    whole = run_md(crystal(), DropoutCalculator(trained, 2), tmp_path / "a", steps=40, timestep=2.0, temperature=900)
+    whole = run_md(crystal(), DropoutCalculator(trained, 4), tmp_path / "a", steps=40, timestep=2.0, temperature=900)
     sigma = [row["max_force_sigma_eV_A"] for row in whole.rows]
     limit = float(np.median(sigma))
     run = run_md(
-        crystal(), DropoutCalculator(trained, 2), tmp_path / "b", steps=40, timestep=2.0, temperature=900, stop_above=limit
+        crystal(), DropoutCalculator(trained, 4), tmp_path / "b", steps=40, timestep=2.0, temperature=900, stop_above=limit
     )  # fmt: skip
     first = next(k for k, value in enumerate(sigma) if value > limit and k > 0)
     assert run.rows == whole.rows[: first + 1]
@@ -148,11 +148,11 @@ def test_flagged_frames_are_apart_and_on_disk(trained, tmp_path) -> None:
 
 
 def test_a_guarded_run_goes_back_and_a_hot_one_stops(trained, tmp_path) -> None:
-    free = run_md(crystal(), DropoutCalculator(trained, 2), tmp_path / "a", steps=40, timestep=2.0, temperature=900)
+    free = run_md(crystal(), DropoutCalculator(trained, 4), tmp_path / "a", steps=40, timestep=2.0, temperature=900)
     sigma = [row["max_force_sigma_eV_A"] for row in free.rows]
     band = Band(float(np.quantile(sigma, 0.4)), float(np.quantile(sigma, 0.7)))
     run = run_md(
-        crystal(), DropoutCalculator(trained, 2), tmp_path / "b", steps=40, timestep=2.0, temperature=900,
+        crystal(), DropoutCalculator(trained, 4), tmp_path / "b", steps=40, timestep=2.0, temperature=900,
         guard=GuardSettings(band, RollBack(most=50)),
     )  # fmt: skip
     assert run.stopped is None
@@ -161,7 +161,7 @@ def test_a_guarded_run_goes_back_and_a_hot_one_stops(trained, tmp_path) -> None:
     assert "went back" in run.summary()
     assert "went back" in [line.get_label() for line in run_figure(run).axes[0].lines]
     hot = run_md(
-        crystal(), DropoutCalculator(trained, 2), tmp_path / "c", steps=40, timestep=2.0, temperature=900,
+        crystal(), DropoutCalculator(trained, 4), tmp_path / "c", steps=40, timestep=2.0, temperature=900,
         guard=GuardSettings(Band(1e9), runaway=0.01),
     )  # fmt: skip
     assert hot.events[-1].kind == "hot"
@@ -192,9 +192,9 @@ def test_runaway_is_beyond_any_fluctuation() -> None:
 
 def test_bad_settings(trained, tmp_path) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        run_md(crystal(), DropoutCalculator(trained, 2), tmp_path, steps=0)
+        run_md(crystal(), DropoutCalculator(trained, 4), tmp_path, steps=0)
     with pytest.raises(ValueError, match="not both"):
-        run_md(crystal(), DropoutCalculator(trained, 2), tmp_path, guard=GuardSettings(Band(1.0)), threshold=1.0)
+        run_md(crystal(), DropoutCalculator(trained, 4), tmp_path, guard=GuardSettings(Band(1.0)), threshold=1.0)
 
 
 def test_drift_of_a_line() -> None:
