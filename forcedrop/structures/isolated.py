@@ -13,7 +13,8 @@ from ase.data import atomic_numbers, chemical_symbols
 from forcedrop.structures.frame import Frame
 from forcedrop.structures.labels import LabelKeys
 from forcedrop.structures.names import plain
-from forcedrop.structures.readers import Reading, read_checked
+from forcedrop.structures.readers import read_checked
+from forcedrop.structures.reading import Reading
 from forcedrop.structures.search import PairSearch
 from forcedrop.structures.telling import Tell
 
