@@ -13,6 +13,7 @@ from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from forcedrop.graph import AtomicGraph, NeighbourFinder, build_graph
+from forcedrop.model import load_model
 from forcedrop.structures import (
     BadFrames,
     Frame,
@@ -28,6 +29,9 @@ from forcedrop.structures.prints import Prints
 from forcedrop.structures.states import unseen_states
 from forcedrop.training.config import DataSection, TrainConfig
 from forcedrop.training.split import hold_out, make_units, rare
+
+FEWEST_HELD = 4
+"""Frames that calibrated the model to start from, at least, to calibrate again."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,13 @@ def prepare_data(config: TrainConfig, tell: Callable[[str], None] | None = None)
             own, own_signed, more = _held_out(paths, config, elements, before, signed_before, tell)
             roles[name], problems = own, problems + more
             before, signed_before = before + own, signed_before + own_signed
+    if drawn_calibration and (calibrated := _calibrated_start(config)) is not None:
+        again = calibrated.hold(frames)
+        held = [unit for unit in units if again[unit.frames].all()]
+        if len(held) >= FEWEST_HELD:
+            units = [unit for unit in units if not again[unit.frames].all()]
+            roles["calibration"] = [frames[k] for k in sorted(k for unit in held for k in unit.frames)]
+            notes.append(f"the {len(roles['calibration'])} frames that calibrated {config.start} calibrate again")
     left = 1.0
     for name, share in (("validation", drawn_validation), ("calibration", drawn_calibration)):
         if name not in roles:
@@ -131,6 +142,14 @@ def prepare_data(config: TrainConfig, tell: Callable[[str], None] | None = None)
         notes=[*notes, *_undetermined(None if determined else spanning)],
         prints=Prints.taken([signed[k] for k in chosen]),
     )
+
+
+def _calibrated_start(config: TrainConfig) -> Prints | None:
+    """Return the prints of the frames that calibrated the model to start from, if there is one and they are known."""
+    if config.start is None or not config.start.is_file():
+        return None
+    values = load_model(config.start).provenance.get("calibration_prints")
+    return None if values is None else Prints.from_dict(values)
 
 
 def _unknown(singles: Sequence[Frame], elements: Sequence[int]) -> list[str]:

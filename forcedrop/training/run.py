@@ -28,6 +28,8 @@ from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.model import SAMPLES, TrainedModel, load_model, save_model
 from forcedrop.potential import DropoutRates, EnergyModel, build
 from forcedrop.structures import Frame
+from forcedrop.structures.copies import signatures
+from forcedrop.structures.prints import Prints
 from forcedrop.training.board import Board
 from forcedrop.training.config import ConfigError, TrainConfig
 from forcedrop.training.data import Prepared, build_graphs, content_hash, prepare_data, ranges, residual_bias
@@ -256,6 +258,7 @@ def _finish(trainer: Trainer, config: TrainConfig, data: Prepared) -> TrainedMod
                 **covered,
             },
             "prints": data.prints.to_dict(),
+            "calibration_prints": Prints.taken(signatures(data.split.calibration)).to_dict(),
             "isolated_energies": {"origin": data.isolated_origin, "compositions": data.compositions},
             "fine_tuned": config.start is not None,
             "training_seconds": trainer.progress.seconds,

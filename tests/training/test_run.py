@@ -19,7 +19,7 @@ from ase import Atoms
 
 from forcedrop.evaluation import predict_frames
 from forcedrop.model import TrainedModel, load_model, save_model
-from forcedrop.structures import BadFrames, Frame, write_frames
+from forcedrop.structures import BadFrames, Frame, read_frames, write_frames
 from forcedrop.training import ConfigError, TrainingDiverged, TrainingInterrupted, parse_config, train
 from forcedrop.training.loop import Trainer
 from tests.conftest import SMALL, emt_frames, settings
@@ -302,9 +302,22 @@ def test_fine_tuning_goes_on_after_a_kill_without_its_start(folder: Path, traine
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
+def test_fine_tuning_calibrates_on_what_calibrated_before(folder: Path, trained_folder: Path) -> None:
+    """The frames of the old training with new ones among them, drawn by another seed: none of those that trained calibrates."""
+    old = read_frames(trained_folder / "train.h5")
+    write_frames(folder / "more.h5", [*emt_frames(6, seed=11), *old])
+    start = trained_folder / "run" / "model.pt"
+    values = settings(folder, start=start, data={"train": [folder / "more.h5"]}, epochs=1, seed=5)
+    train(parse_config(values))
+    again, before = (json.loads((path / "run" / "split.json").read_text()) for path in (folder, trained_folder))
+    places = {f"more.h5#{int(source.rpartition('#')[2]) + 6}" for source in before["calibration"]}
+    assert len(places) == 4
+    assert {Path(source).name for source in again["calibration"]} == places
+
+
 def test_fine_tuning_warns_of_frames_that_may_have_trained(folder: Path, trained: TrainedModel) -> None:
     """Of a model from before models knew what trained them; see tests/field/test_statistics.py for the others."""
-    old = {name: value for name, value in trained.provenance.items() if name != "prints"}
+    old = {name: value for name, value in trained.provenance.items() if not name.endswith("prints")}
     save_model(replace(trained, provenance=old), folder / "old.pt")
     values = settings(folder, start=folder / "old.pt", epochs=1)
     with pytest.warns(UserWarning, match=r"σ will be too small; give `data.calibration`"):
