@@ -2,6 +2,7 @@ r"""What do pairs below the network do to accuracy, near the data and far from i
 
     python benchmarks/pairs.py                    # all problems: trains what is missing, results/pairs.json; resumes
     python benchmarks/pairs.py ethanol silicon    # some
+    python benchmarks/pairs.py --sigma            # functions and error bars of the networks that are there
 
 Two trainings of each split that differ in one setting, ``model.repulsion``: with it (the default) the repulsion of GFN2-xTB and
 the attraction of bonds lie below the network (``forcedrop/potential/repulsion.py``), without it nothing does. Problems, splits
@@ -25,10 +26,15 @@ from ase import Atoms
 from common import environment, read_results, with_changes, write_results
 
 from forcedrop.derive import derive
+from forcedrop.evaluation import evaluate
 from forcedrop.graph import batch_graphs
 from forcedrop.model import TrainedModel, load_model
+from forcedrop.report import comparison_rows
 from forcedrop.structures import Frame, read_frames, write_frames
 from forcedrop.training import load_config, parse_config, train
+from forcedrop.uncertainty.calibrate import calibrate
+from forcedrop.uncertainty.exact_dropout import ExactDropout
+from forcedrop.uncertainty.method import Labels, find_functions
 
 RUNS = dropout.ROOT / "runs" / "pairs"
 METALS = {"copper": "Cu", "lithium": "Li"}
@@ -40,14 +46,39 @@ def main() -> None:
     """Train what is missing, judge, and write each row at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", help="some problems, all by default")
-    problems = parser.parse_args().problems or list(SEEDS)
+    parser.add_argument("--sigma", action="store_true", help="judge the error bars of what is trained")
+    arguments = parser.parse_args()
+    problems = arguments.problems or list(SEEDS)
     torch.set_num_threads(1)
     for seed in range(max(SEEDS.values())):
         for problem in problems:
             if seed < SEEDS[problem]:
                 for name, repulsion in VARIANTS.items():
-                    judge(problem, seed, name, repulsion)
+                    (honesty if arguments.sigma else judge)(problem, seed, name, repulsion)
     summary()
+
+
+def honesty(problem: str, seed: int, name: str, repulsion: bool) -> None:
+    """Fill and calibrate a network that is there, as by default, and add what its error bars are worth on every judged set."""
+    rows = read_results("pairs").get("sigma", [])
+    known = any((row["problem"], row["seed"], row["model"]) == (problem, seed, name) for row in rows)
+    path = folder_of(problem, seed, repulsion) / "model.pt"
+    frames = split(problem, seed) if path.exists() else {}
+    if known or "calibration" not in frames:
+        return
+    model = load_model(path)
+    method = ExactDropout()
+    labels = Labels(model.graphs(frames["train"]), model.graphs(frames["validation"]))
+    model.uncertainty = find_functions(model.potential, method, labels)
+    model.calibration = calibrate(model.potential, model.graphs(frames["calibration"]), seed=model.seed)
+    found: dict[str, Any] = {"problem": problem, "seed": seed, "model": name}
+    for what, own in frames.items():
+        if what not in ("train", "validation", "calibration"):
+            (row,) = comparison_rows({name: {what: evaluate(model, own, n_samples=64)}})
+            found[what] = {key: value for key, value in row.items() if isinstance(value, float)}
+    print(found, flush=True)
+    results = read_results("pairs")
+    write_results("pairs", results | {"sigma": [*results.get("sigma", []), found], "environment": environment(0)})
 
 
 def split(problem: str, seed: int) -> dict[str, list[Frame]]:
@@ -81,9 +112,14 @@ def judge(problem: str, seed: int, name: str, repulsion: bool) -> None:
     write_results("pairs", results | {"rows": [*results.get("rows", []), row], "environment": environment(0)})
 
 
+def folder_of(problem: str, seed: int, repulsion: bool) -> Path:
+    """Return where the training of a problem is."""
+    return RUNS / problem / ("pairs" if repulsion else "nothing") / str(seed)
+
+
 def trained(problem: str, seed: int, repulsion: bool, frames: dict[str, list[Frame]]) -> TrainedModel:
     """Return the network of a problem; trainings that are there are not repeated."""
-    folder: Path = RUNS / problem / ("pairs" if repulsion else "nothing") / str(seed)
+    folder = folder_of(problem, seed, repulsion)
     if not (folder / "model.pt").exists():
         recipe = dropout.PROBLEMS["silicon" if problem in METALS else problem]
         data = RUNS / problem / f"data_{seed}"

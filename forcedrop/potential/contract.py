@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from ase.data import covalent_radii
 from torch import Tensor, nn
 
 from forcedrop.dropout import DropoutSite, EdgeCutDropout, ExactDropout, SphericalDropout, frozen
 from forcedrop.graph import Batch
-from forcedrop.potential.limits import ClosestApproach, Presence
+from forcedrop.potential.limits import UNMET, ClosestApproach, Presence
 from forcedrop.potential.linear import SphereNorm
 from forcedrop.potential.repulsion import Repulsion, TightBindingRepulsion, ZBLRepulsion
 
@@ -435,7 +436,7 @@ class EnergyModel(nn.Module):
     def set_shortest(self, shortest: Mapping[tuple[int, int], float]) -> None:
         """Set the shortest distance in training [Å] of pairs of elements, by their two atomic numbers in either order.
 
-        What was set before stays where it is shorter.
+        What was set before stays where it is shorter. Pairs that never met have 1.3 times the sum of their covalent radii.
         """
         place = {z: i for i, z in enumerate(self.elements)}
         table = self.approach.shortest.clone()
@@ -443,7 +444,8 @@ class EnergyModel(nn.Module):
             i, j = place[a], place[b]
             old = float(table[i, j])
             table[i, j] = table[j, i] = min(r, old) if old else r
-        self.approach.set(table)
+        radii = torch.tensor([float(covalent_radii[z]) for z in self.elements]).to(table)
+        self.approach.set(torch.where(table == 0, UNMET * (radii[:, None] + radii), table))
 
     def extra_repr(self) -> str:
         """Say the elements and the number of parameters."""

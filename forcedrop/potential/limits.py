@@ -26,6 +26,9 @@ TRUSTED, RESTING = 0.9, 0.75
 """Shares of the shortest distance in training: below the first a network is told more than the true distance, never less than
 the second."""
 
+UNMET = 1.3
+"""Sums of covalent radii that stand for the shortest distance of two elements that never met in training."""
+
 
 class Presence(nn.Module):
     r"""How much of a network's energy an atom has, :math:`1 - \prod_j (1 - 0.999\,s(r_{ij}))`.
