@@ -111,7 +111,9 @@ def test_shortest_distances_are_kept_in_the_file(kind: str, tmp_path) -> None:
     loaded = load_model(tmp_path / "model.pt").potential
     assert loaded.approach.known
     table = loaded.approach.shortest
-    assert [float(table[i, j]) for i, j in ((0, 1), (1, 0), (1, 2), (0, 0))] == pytest.approx([0.9, 0.9, 1.2, 1.3 * 0.62])
+    assert [float(table[i, j]) for i, j in ((0, 1), (1, 0), (1, 2), (0, 0))] == pytest.approx(
+        [0.9, 0.9, 1.2, 1.3 * 0.62]
+    )
     close = batch_of([Atoms("CH", positions=[[0, 0, 0], [0, 0, 0.5]])], 4.0)
     assert torch.equal(derive(potential, close).forces, derive(loaded, close).forces)
 
