@@ -3,6 +3,7 @@ r"""What do pairs below the network do to accuracy, near the data and far from i
     python benchmarks/pairs.py                    # all problems: trains what is missing, results/pairs.json; resumes
     python benchmarks/pairs.py ethanol silicon    # some
     python benchmarks/pairs.py --sigma            # functions and error bars of the networks that are there
+    python benchmarks/pairs.py --prior runs/demo  # what the width of the regression's prior does to the demo's network
 
 Two trainings of each split that differ in one setting, ``model.repulsion``: with it (the default) the repulsion of GFN2-xTB and
 the attraction of bonds lie below the network (``forcedrop/potential/repulsion.py``), without it nothing does. Problems, splits
@@ -16,6 +17,8 @@ down to 0.2 Å, with a model that has seen ethanol at 300 K and nothing else.
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from forcedrop.report import comparison_rows
 from forcedrop.structures import Frame, read_frames, write_frames
 from forcedrop.training import load_config, parse_config, train
 from forcedrop.uncertainty.calibrate import calibrate
+from forcedrop.uncertainty.equations import refit, solve_equations
 from forcedrop.uncertainty.exact_dropout import ExactDropout
 from forcedrop.uncertainty.method import Labels, find_functions
 
@@ -47,7 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", help="some problems, all by default")
     parser.add_argument("--sigma", action="store_true", help="judge the error bars of what is trained")
+    parser.add_argument("--prior", type=Path, help="folder of a training on data/ethanol_300K.h5")
     arguments = parser.parse_args()
+    if arguments.prior is not None:
+        priors(arguments.prior)
+        return
     problems = arguments.problems or list(SEEDS)
     torch.set_num_threads(1)
     for seed in range(max(SEEDS.values())):
@@ -56,6 +64,29 @@ def main() -> None:
                 for name, repulsion in VARIANTS.items():
                     (honesty if arguments.sigma else judge)(problem, seed, name, repulsion)
     summary()
+
+
+def priors(folder: Path) -> None:
+    """Judge a network near and far after regressions whose prior is 1 to 10⁴ times as wide as that of the trained readouts."""
+    parts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+    every = read_frames(dropout.ROOT / "data" / "ethanol_300K.h5")
+    sets = {what: [every[int(source.rpartition("#")[2])] for source in sources] for what, sources in parts.items()}
+    sets |= {f"{t} K": read_frames(dropout.ROOT / "data" / f"ethanol_{t}K.h5") for t in (600, 1200)}
+    model = load_model(folder / "model.pt")
+    model.potential.forget_functions()
+    labels = Labels(model.graphs(sets["train"]), model.graphs(sets["validation"]))
+    equations = solve_equations(model.potential, labels, frames=300, held=False)
+    judged = [what for what in sets if what not in ("train", "validation")]
+    rows = [{"width": 0.0, **{what: errors(model, sets[what]) for what in judged}}]
+    for width in (1.0, 1e2, 1e4):
+        found = refit(model.potential, labels, replace(equations, prior=equations.prior / width))
+        site: Any = model.potential.correction
+        model.potential.set_functions(found.reshape(site.weight.shape), None)
+        rows.append({"width": width, **{what: errors(model, sets[what]) for what in judged}})
+        model.potential.set_functions(None, None)
+    for row in rows:
+        print(row, flush=True)
+    write_results("pairs", read_results("pairs") | {"prior": rows, "environment": environment(0)})
 
 
 def honesty(problem: str, seed: int, name: str, repulsion: bool) -> None:

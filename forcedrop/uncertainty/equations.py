@@ -9,8 +9,9 @@ errors the labels' likelihood is Gaussian in w with
 :math:`J = \partial(\text{energy, forces, virial})/\partial w`, σ the root mean square errors on frames that did not train
 (energies and virials per √N). Source: the last-layer Laplace approximation (Daxberger et al., NeurIPS 2021, arXiv 2106.14806),
 for potentials Bigi, Chong, Ceriotti & Grasselli, Mach. Learn.: Sci. Technol. 5, 045018 (2024). The prior of a weight has the
-variance of the trained readouts; that of the plain network's regression is wider, by 10⁴: in trials on cold and hot frames
-of ethanol the wide one gave the best mean and the narrow one the most honest spread (no committed benchmark yet).
+variance of the trained readouts, for functions and for the plain network's regression alike. A regression with a prior 10⁴ times
+as wide is a little better near the data and can be many times worse away from it: one ethanol network went from 84 to 568 meV/Å
+at 1200 K, where the narrow prior has 93 (``benchmarks/results/pairs.json``, key ``prior``).
 
 Each element has weights of its own up to five elements. Of more, an element's weights are a combination of five sets that all
 share: R sets of F weights instead of one for each, so that H stays small (:func:`element_basis`).
@@ -33,8 +34,6 @@ from forcedrop.uncertainty.method import Labels
 
 ROWS = 12
 """Labels per weight that are enough: of more, frames at even distances are left out."""
-WIDE = 1e4
-"""Variance of the plain network's prior, in units of the trained readouts' mean square."""
 HELD_ROWS = 6000
 """Held-out labels, about, that choices are judged by."""
 CHUNK = 8
@@ -183,7 +182,7 @@ def refit(potential: EnergyModel, labels: Labels, equations: Equations) -> Tenso
     """Return what regression adds to the plain network's weights, (R·F,); 0 where it would make held-out errors larger."""
     values, vectors = torch.linalg.eigh(equations.precision)
     values = values.clamp(min=0)  # rounding
-    found = vectors @ ((vectors.T @ equations.pull) / (values + equations.prior / WIDE))
+    found = vectors @ ((vectors.T @ equations.pull) / (values + equations.prior))
     site: Any = potential.correction
     potential.set_functions(found.reshape(site.weight.shape), None)
     after = held_errors(potential, labels.held, labels.stress)

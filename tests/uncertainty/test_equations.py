@@ -163,7 +163,7 @@ def test_equations_are_those_of_linear_regression(kind: str) -> None:
     assert found.frames == 4
     mean = refit(potential, some, found)
     if bool(mean.any()):
-        narrow = torch.eye(len(rows), dtype=torch.float64) * found.prior / module.WIDE
+        narrow = torch.eye(len(rows), dtype=torch.float64) * found.prior
         expected = torch.linalg.solve(rows @ rows.T + narrow, rows @ left)
         torch.testing.assert_close(rows.T @ mean, rows.T @ expected, rtol=1e-4, atol=1e-5)
     assert potential.n_functions == 0  # the network is left as it was
@@ -209,7 +209,7 @@ def test_regression_finds_weights_that_explain_the_labels_and_is_dropped_where_i
         (derive(p, batch).forces - batch.forces).square().mean()
         for p in (potential, moved(potential, mean.reshape(potential.correction.weight.shape)))
     )
-    assert float(after) < 0.01 * float(before)
+    assert float(after) < 0.2 * float(before)  # the prior holds back what is far from the trained readouts
     wrong = graphs(3, seed=5)
     for graph in wrong:  # held-out labels that the network has right already: any change is a harm
         now = derive(potential, batch_graphs([graph]))
