@@ -36,7 +36,8 @@ class TightBindingRepulsion(Repulsion):
     Comput. 15, 1652 (2019), H to Rn. That the attraction of a bond falls half as steeply as the repulsion: Morse, Phys. Rev. 34,
     57 (1929). The coefficients c of pairs of elements, one each, are found by least squares on the training labels
     (``training/pairs.py``): at the distances of bonds the two nearly cancel, so the network has less to learn than without them,
-    and far from these distances the sum is what a bond does: it lets go, or pushes.
+    and far from these distances the sum is what a bond does: it lets go, or pushes. Where pairs explain next to nothing of the
+    labels (silicon), R acts only closer than any training structure (``only_inside``).
 
     Raises:
         ValueError: for an element beyond Rn.
@@ -46,6 +47,8 @@ class TightBindingRepulsion(Repulsion):
     alpha: Tensor
     light: Tensor
     bond: Tensor
+    start: Tensor
+    taken: Tensor
 
     def __init__(self, elements: Sequence[int]) -> None:
         super().__init__()
@@ -55,6 +58,23 @@ class TightBindingRepulsion(Repulsion):
             self.register_buffer(name, torch.tensor([values[z - 1] for z in elements]), persistent=False)
         self.register_buffer("light", torch.tensor([z <= 2 for z in elements]), persistent=False)
         self.register_buffer("bond", torch.zeros(len(elements), len(elements)))
+        self.register_buffer("start", torch.zeros(len(elements), len(elements)))
+        self.register_buffer("taken", torch.zeros(3, len(elements), len(elements)))
+
+    def only_inside(self, start: Tensor, cutoff: float) -> None:
+        """Let R act below a distance of each pair of elements alone, (n, n) [Å], and there without its quadratic part.
+
+        What begins so has no effect, no slope and no curvature at the start, and is a wall all the same.
+        """
+        places = torch.arange(len(start), device=start.device)
+        with torch.enable_grad():
+            r = start.detach().double().clone().requires_grad_(True)
+            value = self.double().parts(r, places[:, None], places, cutoff)[0]
+            (slope,) = torch.autograd.grad(value.sum(), r, create_graph=True)
+            (bend,) = torch.autograd.grad(slope.sum(), r)
+        found = torch.stack([value, slope, 0.5 * bend]).detach()
+        self.to(start.dtype)
+        self.start, self.taken, self.bond = start.clone(), found.to(start), torch.zeros_like(start)
 
     def parts(self, r: Tensor, own: Tensor, other: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
         """Return R [eV] and its root [√eV], both faded out, at distances ``r`` [Å]; arguments as of ``pair``."""
@@ -63,7 +83,10 @@ class TightBindingRepulsion(Repulsion):
         strength = (self.alpha[own] * self.alpha[other]).sqrt()
         root = (Hartree * self.charge[own] * self.charge[other] / x).sqrt() * torch.exp(-0.5 * strength * power)
         there = 1 - smooth_step(2 * r / cutoff - 1)
-        return root * root * there, root * there
+        wall, start = root * root * there, self.start[own, other]
+        beyond, (c0, c1, c2) = r - start, (c[own, other] for c in self.taken)
+        inside = torch.where(beyond < 0, wall - (c0 + beyond * (c1 + beyond * c2)), torch.zeros_like(wall))
+        return torch.where(start > 0, inside, wall), root * there
 
     def pair(self, r: Tensor, own: Tensor, other: Tensor, cutoff: float) -> Tensor:
         """Return the energy of pairs [eV]; see the base."""

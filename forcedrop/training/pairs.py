@@ -10,16 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from ase.data import covalent_radii
 from torch import Tensor
 
 from forcedrop.derive import geometry
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.potential import EnergyModel
 from forcedrop.potential.contract import lengths
+from forcedrop.potential.limits import UNMET
 from forcedrop.potential.repulsion import TightBindingRepulsion
 
 FRAMES = 1000
 """Frames at even distances that are looked at, at most."""
+WORTH = 0.9
+"""Share of the forces' root mean square that may be left: of more, pairs are not worth it, and act only inside (silicon: 0.97,
+molecules 0.7, copper and lithium 0.1 to 0.3)."""
 WIDTH = 2.0
 """Of a coefficient's prior [√eV]."""
 
@@ -34,22 +39,59 @@ def fit_bonds(potential: EnergyModel, graphs: Sequence[AtomicGraph]) -> None:
     place = torch.zeros(s, s, dtype=torch.int64)
     place[row, column] = place[column, row] = torch.arange(len(row))
     size = len(row) + s
-    matrix, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    squares, n_labels = 0.0, 0
+    every, forces, raw = _Normal(size), _Normal(size), 0.0
     for k in range(n):
-        for rows, left in _rows(potential, repulsion, graphs[k * len(graphs) // n], place, len(row)):
-            matrix += rows.T @ rows
-            right += rows.T @ left
-            squares, n_labels = squares + float(left.square().sum()), n_labels + len(left)
-    if not right.any():
+        graph = graphs[k * len(graphs) // n]
+        for rows, left in _rows(potential, repulsion, graph, place, len(row)):
+            every.add(rows, left)
+            if len(left) > 1:
+                forces.add(rows, left)
+        raw += float(graph.forces.double().square().sum())
+    if not every.right.any():
         return
-    found, noise = torch.zeros_like(right), squares / n_labels
+    found, noise = torch.zeros_like(every.right), every.squares / every.count
     for _ in range(3):  # the noise is what is left: each time of better coefficients
-        ridge = torch.full((size,), 1e-9 * float(matrix.diagonal().max()), dtype=torch.float64)
+        ridge = torch.full((size,), 1e-9 * float(every.matrix.diagonal().max()), dtype=torch.float64)
         ridge[: len(row)] += noise / WIDTH**2
-        found = torch.linalg.solve(matrix + torch.diag(ridge), right)
-        noise = max(squares - float(found @ (2 * right - matrix @ found)), 0.0) / n_labels
+        found = torch.linalg.solve(every.matrix + torch.diag(ridge), every.right)
+        noise = every.left_over(found) / every.count
     repulsion.bond.copy_(found[: len(row)][place])
+    if raw and forces.left_over(found) > WORTH**2 * raw:
+        repulsion.only_inside(_shortest(potential, graphs), potential.cutoff)
+
+
+class _Normal:
+    """Normal equations of least squares with so many unknowns."""
+
+    def __init__(self, size: int) -> None:
+        self.matrix = torch.zeros(size, size, dtype=torch.float64)
+        self.right = torch.zeros(size, dtype=torch.float64)
+        self.squares, self.count = 0.0, 0
+
+    def add(self, rows: Tensor, left: Tensor) -> None:
+        """Add labels, (m,), with their derivatives by the unknowns, (m, size)."""
+        self.matrix += rows.T @ rows
+        self.right += rows.T @ left
+        self.squares, self.count = self.squares + float(left.square().sum()), self.count + len(left)
+
+    def left_over(self, found: Tensor) -> float:
+        """Return the sum of squares that a solution leaves."""
+        return max(self.squares - float(found @ (2 * self.right - self.matrix @ found)), 0.0)
+
+
+def _shortest(potential: EnergyModel, graphs: Sequence[AtomicGraph]) -> Tensor:
+    """Return the shortest distance of each pair of elements in training [Å], or a covalent one where two never met."""
+    s = len(potential.elements)
+    radii = torch.tensor([float(covalent_radii[z]) for z in potential.elements], dtype=torch.float64)
+    found = torch.full((s * s,), float("inf"), dtype=torch.float64)
+    for graph in graphs:
+        inputs, vec = geometry(potential, batch_graphs([graph]))
+        pair = inputs.species[:, None] * s + inputs.species[inputs.nbr]
+        found.scatter_reduce_(0, pair.flatten(), lengths(vec.double()).flatten(), "amin")
+    table = found.view(s, s)
+    table = torch.minimum(table, table.T)
+    met = table < potential.cutoff
+    return torch.where(met, table, UNMET * (radii[:, None] + radii)).to(potential.dtype)
 
 
 def _rows(

@@ -59,6 +59,38 @@ def test_a_metal_leaves_little() -> None:
     assert float(left) < 0.7 * float(test.forces.square().mean().sqrt())
 
 
+def test_where_pairs_explain_nothing_there_is_a_wall_inside_alone() -> None:
+    """Labels that no pair makes: in training nothing changes, closer than there atoms are pushed apart."""
+    generator, graphs = np.random.default_rng(0), []
+    for seed in range(12):
+        atoms = bulk("Si", a=5.43, cubic=True)
+        atoms.rattle(0.1, seed=seed)
+        graphs.append(graph_of(atoms, 4.0, energy=0.0, forces=generator.normal(size=(8, 3))))
+    potential = make_potential(elements=(8, 14), rates=NONE)
+    fit_bonds(potential, graphs)
+    wall, batch = potential.repulsion, batch_graphs(graphs)
+    assert not pair_forces(potential, batch).any()
+    shortest = float(wall.start[1, 1])
+    _, vec = geometry(potential, batch)
+    assert shortest == pytest.approx(float(lengths(vec).min()), abs=1e-12)
+    r = torch.linspace(0.2, shortest + 0.5, 4000, dtype=torch.float64, requires_grad=True)
+    places = torch.tensor(1)
+    energy = wall.pair(r, places, places, 4.0)
+    (slope,) = torch.autograd.grad(energy.sum(), r, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), r)
+    inside = r.detach() < shortest
+    assert bool((slope[inside] < 0).all())
+    assert not energy[~inside].any()
+    assert float(energy[0].detach()) > 1000
+    step = float((r[1] - r[0]).detach())
+    for value in (energy, slope, bend):  # no jump anywhere, of the curvature neither
+        near = value.detach()[(r.detach() - shortest).abs() < 3 * step]
+        assert float(near.abs().max()) < 1e-2 * float(value.detach().abs().max())
+    torch.testing.assert_close(
+        energy.detach().diff() / step, 0.5 * (slope[1:] + slope[:-1]).detach(), rtol=1e-2, atol=1e-2
+    )
+
+
 def test_without_labels_or_repulsion_there_is_none() -> None:
     potential = make_potential(rates=NONE)
     fit_bonds(potential, [graph_of(bulk("Cu"), 4.0)])
