@@ -49,7 +49,9 @@ class SphereShape:
         cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
         n_hidden: hidden channels of the last readout.
         repulsion: whether the repulsion of GFN2-xTB is below the network; see ``repulsion.py``.
-        zbl: whether that of Ziegler, Biersack & Littmark is, instead.
+        bonds: whether the attraction of bonds is there, too; without it the repulsion acts only closer than any training
+            structure. To be judged on structures unlike those in training.
+        zbl: whether the repulsion of Ziegler, Biersack & Littmark is below, instead.
     """
 
     cutoff: float = 5.0
@@ -61,6 +63,7 @@ class SphereShape:
     cutoff_power: int = 6
     n_hidden: int = 64
     repulsion: bool = True
+    bonds: bool = True
     zbl: bool = False
 
     def __post_init__(self) -> None:

@@ -49,7 +49,9 @@ class PaiNNShape:
         n_radial: Bessel functions.
         cutoff_power: p of the polynomial cutoff; the lower, the more near neighbours weigh.
         repulsion: whether the repulsion of GFN2-xTB is below the network; see ``repulsion.py``.
-        zbl: whether that of Ziegler, Biersack & Littmark is, instead.
+        bonds: whether the attraction of bonds is there, too; without it the repulsion acts only closer than any training
+            structure. To be judged on structures unlike those in training.
+        zbl: whether the repulsion of Ziegler, Biersack & Littmark is below, instead.
     """
 
     cutoff: float = 5.0
@@ -58,6 +60,7 @@ class PaiNNShape:
     n_radial: int = 8
     cutoff_power: int = 6
     repulsion: bool = True
+    bonds: bool = True
     zbl: bool = False
 
     def __post_init__(self) -> None:

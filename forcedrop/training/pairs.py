@@ -34,6 +34,9 @@ def fit_bonds(potential: EnergyModel, graphs: Sequence[AtomicGraph]) -> None:
     repulsion = potential.repulsion
     if not isinstance(repulsion, TightBindingRepulsion):
         return
+    if not getattr(potential.shape, "bonds", True):
+        repulsion.only_inside(_shortest(potential, graphs), potential.cutoff)
+        return
     n, s = min(len(graphs), FRAMES), len(potential.elements)
     row, column = torch.triu_indices(s, s)
     place = torch.zeros(s, s, dtype=torch.int64)

@@ -91,6 +91,13 @@ def test_where_pairs_explain_nothing_there_is_a_wall_inside_alone() -> None:
     )
 
 
+def test_without_bonds_the_wall_is_inside_whatever_the_labels_say() -> None:
+    potential, train = make_potential(elements=(29,), rates=NONE, bonds=False), morse_frames(6)
+    fit_bonds(potential, train)
+    assert float(potential.repulsion.start) > 2.0
+    assert not pair_forces(potential, batch_graphs(train)).any()
+
+
 def test_without_labels_or_repulsion_there_is_none() -> None:
     potential = make_potential(rates=NONE)
     fit_bonds(potential, [graph_of(bulk("Cu"), 4.0)])
