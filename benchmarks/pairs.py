@@ -5,8 +5,9 @@ r"""What do pairs below the network do to accuracy, near the data and far from i
     python benchmarks/pairs.py --sigma            # functions and error bars of the networks that are there
     python benchmarks/pairs.py --prior runs/demo  # what the width of the regression's prior does to the demo's network
 
-Two trainings of each split that differ in one setting, ``model.repulsion``: with it (the default) the repulsion of GFN2-xTB and
-the attraction of bonds lie below the network (``forcedrop/potential/repulsion.py``), without it nothing does. Problems, splits
+Trainings of each split that differ in one setting, ``model.repulsion``: with it (the default) the repulsion of GFN2-xTB and
+the attraction of bonds lie below the network (``forcedrop/potential/repulsion.py``), without it nothing does; of silicon
+a third one with a wall inside alone (``model.bonds: false``). Problems, splits
 and recipes are those of ``dropout.py``; figures are of the network as its training leaves it, before the regression of its
 readouts. Copper and lithium: mlearn, 40 epochs of the small network, judged on the test set that comes with them.
 
@@ -43,7 +44,12 @@ from forcedrop.uncertainty.method import Labels, find_functions
 RUNS = dropout.ROOT / "runs" / "pairs"
 METALS = {"copper": "Cu", "lithium": "Li"}
 SEEDS = {"ethanol": 3, "demo": 2, "3bpa": 2, "silicon": 2, "copper": 2, "lithium": 2}
-VARIANTS = {"pairs below": True, "nothing below": False}
+VARIANTS = {
+    "pairs below": ("pairs", {"repulsion": True, "bonds": True}),
+    "a wall inside": ("inside", {"repulsion": True, "bonds": False}),
+    "nothing below": ("nothing", {"repulsion": False}),
+}
+"""Where the trainings are, and the settings in which they differ."""
 
 
 def main() -> None:
@@ -61,8 +67,9 @@ def main() -> None:
     for seed in range(max(SEEDS.values())):
         for problem in problems:
             if seed < SEEDS[problem]:
-                for name, repulsion in VARIANTS.items():
-                    (honesty if arguments.sigma else judge)(problem, seed, name, repulsion)
+                for name in VARIANTS:
+                    if name != "a wall inside" or problem == "silicon":
+                        (honesty if arguments.sigma else judge)(problem, seed, name)
     summary()
 
 
@@ -89,11 +96,11 @@ def priors(folder: Path) -> None:
     write_results("pairs", read_results("pairs") | {"prior": rows, "environment": environment(0)})
 
 
-def honesty(problem: str, seed: int, name: str, repulsion: bool) -> None:
+def honesty(problem: str, seed: int, name: str) -> None:
     """Fill and calibrate a network that is there, as by default, and add what its error bars are worth on every judged set."""
     rows = read_results("pairs").get("sigma", [])
     known = any((row["problem"], row["seed"], row["model"]) == (problem, seed, name) for row in rows)
-    path = folder_of(problem, seed, repulsion) / "model.pt"
+    path = folder_of(problem, seed, name) / "model.pt"
     frames = split(problem, seed) if path.exists() else {}
     if known or "calibration" not in frames:
         return
@@ -124,13 +131,13 @@ def split(problem: str, seed: int) -> dict[str, list[Frame]]:
     return sets | {"test": read_frames(dropout.SHARED / "mlearn" / f"{symbol}_test.xyz")}
 
 
-def judge(problem: str, seed: int, name: str, repulsion: bool) -> None:
+def judge(problem: str, seed: int, name: str) -> None:
     """Train a network, unless it is there, and add its row."""
     rows = read_results("pairs").get("rows", [])
     if any((row["problem"], row["seed"], row["model"]) == (problem, seed, name) for row in rows):
         return
     frames = split(problem, seed)
-    model = trained(problem, seed, repulsion, frames)
+    model = trained(problem, seed, name, frames)
     row: dict[str, Any] = {"problem": problem, "seed": seed, "model": name}
     for what, own in frames.items():
         if what not in ("train", "calibration"):
@@ -143,14 +150,14 @@ def judge(problem: str, seed: int, name: str, repulsion: bool) -> None:
     write_results("pairs", results | {"rows": [*results.get("rows", []), row], "environment": environment(0)})
 
 
-def folder_of(problem: str, seed: int, repulsion: bool) -> Path:
+def folder_of(problem: str, seed: int, name: str) -> Path:
     """Return where the training of a problem is."""
-    return RUNS / problem / ("pairs" if repulsion else "nothing") / str(seed)
+    return RUNS / problem / VARIANTS[name][0] / str(seed)
 
 
-def trained(problem: str, seed: int, repulsion: bool, frames: dict[str, list[Frame]]) -> TrainedModel:
+def trained(problem: str, seed: int, name: str, frames: dict[str, list[Frame]]) -> TrainedModel:
     """Return the network of a problem; trainings that are there are not repeated."""
-    folder = folder_of(problem, seed, repulsion)
+    folder = folder_of(problem, seed, name)
     if not (folder / "model.pt").exists():
         recipe = dropout.PROBLEMS["silicon" if problem in METALS else problem]
         data = RUNS / problem / f"data_{seed}"
@@ -162,7 +169,7 @@ def trained(problem: str, seed: int, repulsion: bool, frames: dict[str, list[Fra
             mode="json", exclude_unset=True
         )
         values = with_changes(values, {"uncertainty": {"method": "none"}} | recipe.changes)
-        values = with_changes(values, {"model": {"repulsion": repulsion}})
+        values = with_changes(values, {"model": VARIANTS[name][1]})
         values["data"] = {
             "train": [str(data / "train.h5")],
             "validation": [str(data / "validation.h5")],
