@@ -52,10 +52,10 @@ def test_traced_in_training_it_draws_for_any_batch(name: str) -> None:
     layer = make(name).train()
     with warnings.catch_warnings(action="ignore"):
         traced = torch.jit.trace(layer, inputs(name), check_trace=False)
-    one, two = (first(traced(*inputs(name, 7))) for _ in range(2))
+    one, *more = (first(traced(*inputs(name, 7))) for _ in range(20))  # two draws of few channels may be equal
     assert one.shape == first(layer(*inputs(name, 7))).shape
-    if name != "EdgeCutDropout":  # two draws may cut nothing
-        assert not torch.equal(one, two)
+    if name != "EdgeCutDropout":  # it may cut nothing
+        assert not all(torch.equal(one, other) for other in more)
 
 
 @EVERY
