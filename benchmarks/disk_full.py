@@ -129,7 +129,7 @@ def _readable(path: Path) -> bool:
         elif path.suffix == ".jsonl":
             [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         elif path.suffix == ".xyz":
-            return path.stat().st_size == 0 or bool(read_frames(path))
+            return path.stat().st_size == 0 or bool(read_frames(path, predictions="keep", tell=lambda _: None))
         elif path.suffix == ".csv":
             rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
             return all(len(row) == len(rows[0]) for row in rows)
