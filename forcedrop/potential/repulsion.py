@@ -37,7 +37,7 @@ class TightBindingRepulsion(Repulsion):
     57 (1929). The coefficients c of pairs of elements, one each, are found by least squares on the training labels
     (``training/pairs.py``): at the distances of bonds the two nearly cancel, so the network has less to learn than without them,
     and far from these distances the sum is what a bond does: it lets go, or pushes. Where pairs explain next to nothing of the
-    labels (silicon), R acts only closer than any training structure (``only_inside``).
+    labels, or ``bonds`` of the shape is false, R acts only closer than any training structure (``only_inside``).
 
     Raises:
         ValueError: for an element beyond Rn.

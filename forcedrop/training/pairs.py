@@ -23,8 +23,7 @@ from forcedrop.potential.repulsion import TightBindingRepulsion
 FRAMES = 1000
 """Frames at even distances that are looked at, at most."""
 WORTH = 0.9
-"""Share of the forces' root mean square that may be left: of more, pairs are not worth it, and act only inside (silicon: 0.97,
-molecules 0.7, copper and lithium 0.1 to 0.3)."""
+"""Share of the forces' root mean square that may be left: of more, pairs are not worth it, and act only inside."""
 WIDTH = 2.0
 """Of a coefficient's prior [√eV]."""
 

@@ -1,12 +1,10 @@
 """What the commands say of themselves: help, version, exit codes, one meaning a word; and picks without a loop."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import forcedrop
 from forcedrop.active import flag
@@ -16,19 +14,7 @@ from forcedrop.model import load_model
 from forcedrop.structures import read_frames, write_frames
 from forcedrop.training import parse_config, train
 from tests.conftest import emt_frames, settings
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
-
-
-@pytest.fixture(scope="module")
-def model(trained_folder: Path) -> Path:
-    return trained_folder / "run" / "model.pt"
-
+from tests.field.commands import run
 
 COMMANDS = ("train", "evaluate", "predict", "compare", "fill", "info", "md", "flag", "active", "report")
 

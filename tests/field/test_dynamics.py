@@ -19,26 +19,13 @@ from ase.constraints import (
     FixSymmetry,
     Hookean,
 )
-from typer.testing import CliRunner
 
 from forcedrop import DropoutCalculator, FrameStore, run_md
-from forcedrop.cli import app
 from forcedrop.md import NPT, NVE, NVT, Band, GuardSettings, RollBack
 from forcedrop.md.ensembles import draw_velocities
 from forcedrop.structures import Frame, write_frames
 from tests.conftest import emt_frames
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
-
-
-@pytest.fixture(scope="module")
-def model(trained_folder: Path) -> Path:
-    return trained_folder / "run" / "model.pt"
+from tests.field.commands import run
 
 
 def crystal(repeat: tuple[int, int, int] = (2, 1, 1)) -> Atoms:

@@ -7,25 +7,12 @@ from pathlib import Path
 import ase.io
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from forcedrop import DropoutCalculator, read_frames, run_md
-from forcedrop.cli import app
 from forcedrop.files import claim
 from forcedrop.structures import write_frames
 from tests.conftest import emt_frames, settings
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
-
-
-@pytest.fixture(scope="module")
-def model(trained_folder: Path) -> Path:
-    return trained_folder / "run" / "model.pt"
+from tests.field.commands import run
 
 
 @pytest.fixture

@@ -9,29 +9,16 @@ import numpy as np
 import pytest
 import yaml
 from ase.calculators.emt import EMT
-from typer.testing import CliRunner
 
 from forcedrop import DropoutCalculator, FrameStore, read_frames
 from forcedrop.active import ActiveLoop
 from forcedrop.active.config import parse_active_config
-from forcedrop.cli import app
 from forcedrop.structures import write_frames
 from forcedrop.structures.predictions import MARK, PredictedLabels, mark, only_labels, predicted
 from forcedrop.structures.streaming import structures_in
 from forcedrop.training.data import read_labelled
 from tests.conftest import emt_frames, settings
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
-
-
-@pytest.fixture(scope="module")
-def model(trained_folder: Path) -> Path:
-    return trained_folder / "run" / "model.pt"
+from tests.field.commands import run
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ STRUCTURE: dict[str, Callable[[h5py.File], None]] = {
     "pos in one chunk": replaced("pos", shape=(36, 3), maxshape=(None, 3), dtype="f8", chunks=(10**8, 3)),
     "virtual": _virtual,
     "soft link": _link(h5py.SoftLink("/away")),
-    "external link": _link(h5py.ExternalLink("/tmp/elsewhere.h5", "/pos")),
+    "external link": _link(h5py.ExternalLink("elsewhere.h5", "/pos")),
     "link to itself": _link(h5py.SoftLink("/pos")),
     "a billion atoms": _huge,
     "a hundred million frames": _many,
