@@ -24,12 +24,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from ase.data import covalent_radii
 from torch import Tensor, nn
 
 from forcedrop.dropout import DropoutSite, EdgeCutDropout, ExactDropout, SphericalDropout, frozen
 from forcedrop.graph import Batch
-from forcedrop.potential.limits import UNMET, ClosestApproach, Presence
+from forcedrop.potential.limits import ClosestApproach, Presence, filled
 from forcedrop.potential.linear import SphereNorm
 from forcedrop.potential.repulsion import Repulsion, TightBindingRepulsion, ZBLRepulsion
 
@@ -444,8 +443,7 @@ class EnergyModel(nn.Module):
             i, j = place[a], place[b]
             old = float(table[i, j])
             table[i, j] = table[j, i] = min(r, old) if old else r
-        radii = torch.tensor([float(covalent_radii[z]) for z in self.elements]).to(table)
-        self.approach.set(torch.where(table == 0, UNMET * (radii[:, None] + radii), table))
+        self.approach.set(filled(table, self.elements))
 
     def extra_repr(self) -> str:
         """Say the elements and the number of parameters."""

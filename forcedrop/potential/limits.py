@@ -30,6 +30,12 @@ UNMET = 1.3
 """Sums of covalent radii that stand for the shortest distance of two elements that never met in training."""
 
 
+def filled(shortest: Tensor, elements: Sequence[int]) -> Tensor:
+    """Return shortest distances of pairs of elements (n, n) [Å] with :data:`UNMET` covalent sums where there is none (0)."""
+    radii = torch.tensor([float(covalent_radii[z]) for z in elements]).to(shortest)
+    return torch.where(shortest == 0, UNMET * (radii[:, None] + radii), shortest)
+
+
 class Presence(nn.Module):
     r"""How much of a network's energy an atom has, :math:`1 - \prod_j (1 - 0.999\,s(r_{ij}))`.
 

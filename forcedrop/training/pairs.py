@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from ase.data import covalent_radii
 from torch import Tensor
 
 from forcedrop.derive import geometry
 from forcedrop.graph import AtomicGraph, batch_graphs
 from forcedrop.potential import EnergyModel
 from forcedrop.potential.contract import lengths
-from forcedrop.potential.limits import UNMET
+from forcedrop.potential.limits import filled
 from forcedrop.potential.repulsion import TightBindingRepulsion
 
 FRAMES = 1000
@@ -84,7 +83,6 @@ class _Normal:
 def _shortest(potential: EnergyModel, graphs: Sequence[AtomicGraph]) -> Tensor:
     """Return the shortest distance of each pair of elements in training [Å], or a covalent one where two never met."""
     s = len(potential.elements)
-    radii = torch.tensor([float(covalent_radii[z]) for z in potential.elements], dtype=torch.float64)
     found = torch.full((s * s,), float("inf"), dtype=torch.float64)
     for graph in graphs:
         inputs, vec = geometry(potential, batch_graphs([graph]))
@@ -92,8 +90,8 @@ def _shortest(potential: EnergyModel, graphs: Sequence[AtomicGraph]) -> Tensor:
         found.scatter_reduce_(0, pair.flatten(), lengths(vec.double()).flatten(), "amin")
     table = found.view(s, s)
     table = torch.minimum(table, table.T)
-    met = table < potential.cutoff
-    return torch.where(met, table, UNMET * (radii[:, None] + radii)).to(potential.dtype)
+    met = torch.where(table < potential.cutoff, table, torch.zeros_like(table))
+    return filled(met, potential.elements).to(potential.dtype)
 
 
 def _rows(
